@@ -1,0 +1,87 @@
+"""Codecs: how the teacher's distribution at one position becomes a record of fixed size."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from kdframe.api import Codec, CodecConfig, TargetForm, hookimpl
+
+
+class Dense(CodecConfig):
+    """The whole distribution, at any temperature: `V` values for each position."""
+
+    kind: Literal["dense"] = "dense"
+    precision: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Type of the stored log-probabilities."""
+
+    form: ClassVar[TargetForm] = "dense"
+
+    def serves(self, temperature: float) -> bool:
+        """Every temperature."""
+        return True
+
+    def record_bytes(self, vocab_size: int) -> int:
+        """Two or four bytes for each id."""
+        return vocab_size * (4 if self.precision == "float32" else 2)
+
+    def build(self, vocab_size: int) -> Codec:
+        """The codec."""
+        from kdframe_codecs.dense import DenseCodec
+
+        return DenseCodec(self, vocab_size)
+
+
+def _ascending_from_one(grid: tuple[float, ...]) -> tuple[float, ...]:
+    if grid[0] != 1 or list(grid) != sorted(set(grid)):
+        raise ValueError("temperatures must ascend and begin with 1")
+    return grid
+
+
+class TopK(CodecConfig):
+    """The `k` likeliest ids, and the exact tail mass at a grid of temperatures.
+
+    The tail is kept as `log_z(T)`, the logarithm of the sum over the whole vocabulary of
+    `p ** (1/T)`: with it the kept ids have their true probability at T, and what is left is the
+    true mass of all others. A top-k without it cannot be read at another temperature than 1.
+    """
+
+    kind: Literal["topk"] = "topk"
+    k: PositiveInt = 64
+    """How many ids are kept."""
+    temperatures: Annotated[
+        tuple[Annotated[float, Field(gt=0)], ...],
+        Field(min_length=1),
+        AfterValidator(_ascending_from_one),
+    ] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+    """Temperatures at which the tail mass is exact; between them it is interpolated."""
+
+    form: ClassVar[TargetForm] = "truncated"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.k > 65_535:
+            raise ValueError("k must be at most 65535; the codec 'dense' keeps every id")
+        return self
+
+    def serves(self, temperature: float) -> bool:
+        """Temperatures inside the grid."""
+        return self.temperatures[0] <= temperature <= self.temperatures[-1]
+
+    def record_bytes(self, vocab_size: int) -> int:
+        """Ids of 2 or 4 bytes, values of 2, and 4 for each temperature above 1."""
+        k = min(self.k, vocab_size)
+        return k * ((2 if vocab_size <= 65_536 else 4) + 2) + 4 * (len(self.temperatures) - 1)
+
+    def build(self, vocab_size: int) -> Codec:
+        """The codec."""
+        from kdframe_codecs.topk import TopKCodec
+
+        return TopKCodec(self, vocab_size)
+
+
+@hookimpl
+def kdframe_codecs() -> tuple[type[CodecConfig], ...]:
+    """Dense and truncated."""
+    return (Dense, TopK)
