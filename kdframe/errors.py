@@ -31,3 +31,9 @@ class DamagedError(KdframeError):
     """Something on disk is damaged or incomplete; the message names the file (and row)."""
 
     exit_code = 3
+
+
+class Interrupted(KdframeError):
+    """The user (or a scheduler) asked to stop; what was done is on the disk."""
+
+    exit_code = 130

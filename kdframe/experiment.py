@@ -148,9 +148,7 @@ def _one_or_many(value: object) -> object:
 class Data(Section):
     """What is read, and how text becomes rows of tokens."""
 
-    train: Annotated[
-        tuple[SourceField, ...], BeforeValidator(_one_or_many), Field(min_length=1)
-    ]
+    train: Annotated[tuple[SourceField, ...], BeforeValidator(_one_or_many), Field(min_length=1)]
     """The rows to learn from."""
     validation: Annotated[float, Field(gt=0, lt=1)] | SourceField = 0.05
     """Held-out rows for early stopping: a source, or the share of the training rows to split off
@@ -163,6 +161,8 @@ class Data(Section):
     """Cut over-long rows off, or split them into windows of `max_length`."""
     truncation_side: Literal["left", "right"] = "right"
     """The side on which tokens are dropped."""
+    chat_loss: Literal["assistant", "all"] = "assistant"
+    """Tokens of a conversation that count: the assistant's turns, or all of them."""
     packing: bool = False
     """Put several rows into one sequence; they do not see each other."""
     transforms: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = ()
@@ -207,7 +207,7 @@ class Evaluation(Section):
     """How teacher and student are measured."""
 
     evaluators: tuple[Annotated[EvaluatorConfig, Slot("evaluator")], ...] = Field(
-        default=("perplexity", "agreement")  # type: ignore[assignment]
+        default=("perplexity", "agreement")  # type: ignore[arg-type]
     )
     """Measures of the models on every held-out set."""
     when_available: tuple[str, ...] = ()
@@ -284,6 +284,12 @@ class Experiment(Section):
     def plain(self) -> dict[str, Any]:
         """The whole experiment as plain data (JSON types)."""
         return self.model_dump(mode="json")
+
+    def run(self, **where: Any) -> Any:
+        """Run the whole way: cache, train, evaluate, export. See `kdframe.pipeline.run`."""
+        from kdframe import pipeline
+
+        return pipeline.run(self, pipeline.Where(**where))
 
     def fingerprint(self) -> str:
         """Hash of all settings but the name, and where the run runs."""

@@ -37,7 +37,11 @@ def _found(value: str, info: pydantic.ValidationInfo) -> str:
     if base is None or value.startswith("pkg:"):
         return value
     path = Path(base, value).expanduser()
-    looks_local = value.startswith((".", "/", "~")) or path.suffix in _FILE_ENDINGS
+    looks_local = (
+        value.startswith((".", "/", "~"))
+        or path.suffix in _FILE_ENDINGS
+        or value.count("/") > 1  # a hub id has one slash at most
+    )
     return str(path.resolve()) if looks_local or path.exists() else value
 
 
@@ -268,9 +272,17 @@ Measure = Callable[["Tensor", "Tensor", "TeacherTargets | None"], Mapping[str, "
 class Subject(Protocol):
     """A model, and the held-out set on which it is to be measured."""
 
-    role: Role
-    rows: Sequence[EvaluationRow]
-    has_targets: bool
+    @property
+    def role(self) -> Role:
+        """Which of the models it is."""
+
+    @property
+    def rows(self) -> Sequence[EvaluationRow]:
+        """The held-out rows."""
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the teacher read every row, so that a measure gets its predictions."""
 
     def per_row(self, measure: Measure) -> dict[str, NDArray[np.float64]]:
         """Sums of the measured values over each row's counted positions, `[rows]` by name.
@@ -301,13 +313,13 @@ class ExportContext:
     """What an exporter may use.
 
     Attributes:
-        figures: the run's `evaluation.json`, for the model card (empty outside a run).
+        card: the model card, in Markdown.
         facts: what the card tells of the run: name, teacher, data, settings.
         probe: rows of token ids on which the written file is compared with the student.
         load: a service: load a causal language model from a folder, in float32 and eval mode.
     """
 
-    figures: Mapping[str, Any]
+    card: str
     facts: Mapping[str, str]
     probe: Sequence[Sequence[int]]
     load: Callable[[Path], Any]
@@ -357,5 +369,3 @@ def kind_of(part: type[Part]) -> str | None:
     """The kind that a configuration class declares, or None."""
     default = part.model_fields["kind"].default
     return default if isinstance(default, str) and default else None
-
-

@@ -16,6 +16,9 @@ from torch import Tensor
 from kdframe.errors import InputError
 from kdframe.parts import TargetForm
 
+_NOTHING = 5e-7  # a share below float32's resolution of a sum near 1
+_LOWEST = -1e4  # stands for log 0 where a finite slope is needed
+
 
 @dataclass(frozen=True)
 class TruncatedTargets:
@@ -42,7 +45,10 @@ class TruncatedTargets:
     def log_z(self, temperature: float) -> Tensor:
         """`[n]`: log of the sum over the whole vocabulary of `p ** (1/T)`.
 
-        Exact on the grid; between its points a polynomial through all of them in 1/T.
+        Exact on the grid. Between its points the kept ids' part is computed and only the tail's
+        is interpolated. On the default grid the result is within 0.005 nats for a language
+        model's distributions (peaked, flat, Zipf) and within 0.03 for mixtures made to be hard
+        (measured; a polynomial through `log_z` itself errs by up to 4).
 
         Raises:
             InputError: `temperature` lies outside the grid.
@@ -54,19 +60,25 @@ class TruncatedTargets:
                 f"temperature {temperature} lies outside what the cache covers "
                 f"({self.grid[0]} to {self.grid[-1]}); add it to the codec's `temperatures`"
             )
-        weights = _lagrange([1 / t for t in self.grid], 1 / temperature)
-        return self.grid_log_z @ self.grid_log_z.new_tensor(weights)
+        nodes = [1 / t for t in self.grid]
+        # No log p of the tail is above this; 2**-10 is what a rounding to float16 can hide.
+        steepest = self.log_probs.amin(-1).clamp(min=_LOWEST) * (1 - 2**-10)
+        kept = torch.stack([torch.logsumexp(self.log_probs * u, dim=-1) for u in nodes], dim=-1)
+        share = (-torch.expm1(kept - self.grid_log_z)).clamp(min=_NOTHING)
+        tail = _mended(self.grid_log_z + share.log(), nodes, steepest)
+        between = _between(tail, nodes, steepest, 1 / temperature)
+        return torch.logaddexp(torch.logsumexp(self.log_probs / temperature, dim=-1), between)
 
     def at(self, temperature: float) -> tuple[Tensor, Tensor]:
         """The distribution at a temperature: a bucket per kept id and one for all the others.
 
         Returns:
             `[n, k]` log-probabilities of the kept ids and `[n]` of the tail (the mass of every
-            other id together, `-inf` where nothing is left); their sum is 1.
+            other id together, `-inf` where float32 can tell of none); their sum is 1.
         """
         log_probs = self.log_probs / temperature - self.log_z(temperature).unsqueeze(-1)
-        kept = log_probs.exp().sum(-1).clamp(max=1.0)
-        return log_probs, torch.log1p(-kept)
+        rest = 1 - log_probs.exp().sum(-1)
+        return log_probs, torch.where(rest > _NOTHING, rest, 0.0).log()
 
     def select(self, index: slice | Tensor) -> TruncatedTargets:
         """The targets of some of the positions."""
@@ -120,6 +132,68 @@ class DenseTargets:
 
 
 TeacherTargets = TruncatedTargets | DenseTargets
+
+
+def resized(targets: TeacherTargets, vocab_size: int) -> TeacherTargets:
+    """The targets for a student with `vocab_size` output rows of the same tokenizer.
+
+    Two models of one tokenizer may pad their output rows differently; ids that only one of them
+    has are no tokens. A truncated form moves what little mass they hold to the tail.
+    """
+    if isinstance(targets, TruncatedTargets):
+        outside = targets.ids >= vocab_size
+        if not bool(outside.any()):
+            return targets
+        return TruncatedTargets(
+            targets.ids.masked_fill(outside, 0),
+            targets.log_probs.masked_fill(outside, float("-inf")),
+            targets.grid,
+            targets.grid_log_z,
+        )
+    missing = vocab_size - targets.log_probs.shape[-1]
+    if missing == 0:
+        return targets
+    if missing < 0:
+        return DenseTargets(torch.log_softmax(targets.log_probs[:, :vocab_size], dim=-1))
+    return DenseTargets(torch.nn.functional.pad(targets.log_probs, (0, missing), value=-torch.inf))
+
+
+def _mended(tail: Tensor, nodes: Sequence[float], steepest: Tensor) -> Tensor:
+    """`tail [n, g]` without what rounding did to it where the tail is almost nothing.
+
+    The logarithm of a sum of powers `p ** u` is convex in `u`, and no steeper than its likeliest
+    id; so each point is bounded by those at higher temperatures.
+    """
+    columns = list(tail.unbind(-1))
+    for i in reversed(range(len(nodes) - 1)):
+        step = nodes[i] - nodes[i + 1]
+        upper = columns[i + 1] + steepest * step
+        columns[i] = torch.minimum(columns[i], upper)
+        if i + 2 < len(nodes):
+            slope = (columns[i + 1] - columns[i + 2]) / (nodes[i + 1] - nodes[i + 2])
+            lower = torch.minimum(columns[i + 1] + slope * step, upper)
+            columns[i] = torch.maximum(columns[i], lower)
+    return torch.stack(columns, dim=-1)
+
+
+def _between(tail: Tensor, nodes: Sequence[float], steepest: Tensor, x: float) -> Tensor:
+    """`[n]`: the cubic through the four points about `x`, held to what a convex function can be."""
+    right = next(i for i, node in enumerate(nodes) if node < x)
+    left = right - 1
+
+    def line(i: int, j: int) -> Tensor:
+        share = (x - nodes[i]) / (nodes[j] - nodes[i])
+        return tail[:, i] + (tail[:, j] - tail[:, i]) * share
+
+    lower = tail[:, left] + steepest * (x - nodes[left])
+    if left > 0:
+        lower = torch.maximum(lower, line(left - 1, left))
+    if right + 1 < len(nodes):
+        lower = torch.maximum(lower, line(right, right + 1))
+    first = max(0, min(left - 1, len(nodes) - 4))
+    about = slice(first, first + 4)
+    cubic = tail[:, about] @ tail.new_tensor(_lagrange(nodes[about], x))
+    return torch.minimum(torch.maximum(cubic, lower), line(left, right))
 
 
 def _lagrange(nodes: Sequence[float], x: float) -> list[float]:

@@ -49,14 +49,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory):
         ),
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|im_end|>"
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        pad_token="<|im_end|>",
     )
     fast.chat_template = TEMPLATE
     return fast
 
 
 def make_llama(folder: Path, tokenizer, *, layers: int, hidden: int, seed: int, **config) -> Path:
-    """Save a random Llama with its tokenizer; larger weights than usual, so that it has opinions."""
+    """Save a random Llama with its tokenizer; its large weights give it opinions."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -15,7 +15,7 @@ class MmapCache(CacheConfig):
     kind: Literal["mmap"] = "mmap"
     folder: Folder | None = None
     """Where it lives; by default `cache/` and the identity's first 12 characters."""
-    codec: CodecSlot = Field(default="topk", validate_default=True)  # type: ignore[assignment]
+    codec: CodecSlot = Field(default="topk", validate_default=True)
     """How a position's distribution is written."""
 
     def open(self, spec: CacheSpec) -> Cache:

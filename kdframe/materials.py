@@ -1,0 +1,111 @@
+"""What the stages of an experiment work on, each loaded once, when it is first asked for."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdframe import data, models, tokenizers, weights
+from kdframe.batching import TokenRows
+from kdframe.experiment import Experiment
+from kdframe.progress import Progress
+from kdframe.teacher_cache import TeacherCache, cache_identity, open_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Materials:
+    """Tokenizer, rows, teacher and cache of an experiment.
+
+    Args:
+        caches: the folder of all teacher caches whose settings name none.
+    """
+
+    def __init__(self, experiment: Experiment, caches: Path, progress: Progress) -> None:
+        self.experiment, self.progress = experiment, progress
+        self.caches = caches.resolve()
+        self.device = models.pick_device(experiment.runtime.device)
+        if experiment.runtime.threads is not None:
+            import torch
+
+            torch.set_num_threads(experiment.runtime.threads)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer, seen to speak the teacher's vocabulary."""
+        teacher, student = self.experiment.teacher, self.experiment.student
+        spoken = tokenizers.load(
+            teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
+        )
+        if student.model is None or student.model == teacher.model:
+            return spoken
+        own = tokenizers.load(
+            student.model, revision=student.revision, trust_remote_code=student.trust_remote_code
+        )
+        tokenizers.require_same(spoken, own, bridged=self.experiment.projection is not None)
+        return own
+
+    @functools.cached_property
+    def dataset(self) -> data.Dataset:
+        """The rows of all sets."""
+        with self.progress.stage("read data", 1, "datasets") as bar:
+            vocab_size = min(self.teacher_rows, self.student_rows)
+            dataset = data.load(self.experiment.data, self.tokenizer, vocab_size)
+            bar.advance(1)
+        for name, counts in dataset.counts.items():
+            for line in counts.lines():
+                self.progress.say(f"data, {name}: {line}")
+        return dataset
+
+    @functools.cached_property
+    def teacher_rows(self) -> int:
+        """The teacher's output rows."""
+        teacher = self.experiment.teacher
+        return models.output_rows(teacher.model, teacher.revision, teacher.trust_remote_code)
+
+    @functools.cached_property
+    def student_rows(self) -> int:
+        """The student's output rows."""
+        student = self.experiment.student
+        if student.model is None:
+            return self.teacher_rows
+        return models.output_rows(student.model, student.revision, student.trust_remote_code)
+
+    @functools.cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The teacher: frozen, in evaluation mode."""
+        with self.progress.stage("load teacher", 1, "models") as bar:
+            model = models.load_teacher(self.experiment.teacher, self.device)
+            bar.advance(1)
+        return model
+
+    def forget_teacher(self) -> None:
+        """Free the teacher's memory."""
+        if self.__dict__.pop("teacher", None) is not None:
+            gc.collect()
+
+    @functools.cached_property
+    def store(self) -> TeacherCache:
+        """The open teacher cache."""
+        teacher = self.experiment.teacher
+        identity = cache_identity(
+            weights=weights.weights_fingerprint(teacher),
+            tokenizer=tokenizers.fingerprint(self.tokenizer),
+            template=tokenizers.template_fingerprint(self.tokenizer),
+            settings=teacher.model_dump(include={"dtype", "quantize"}),
+        )
+        return open_cache(self.experiment.cache, identity, self.teacher_rows, self.caches)
+
+    @property
+    def held_out(self) -> dict[str, TokenRows]:
+        """The named sets on which models are compared."""
+        return {"validation": self.dataset.validation, **self.dataset.test}
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up a batch; it is never seen."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)

@@ -1,0 +1,57 @@
+"""`alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T)` on counted positions.
+
+Letters: `n` positions, `k` kept ids, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdframe.api import DenseTargets, LossTerms, TeacherTargets, TruncatedTargets
+
+_FLOOR = -1e4  # a log-probability: finite where a model masks an id that its teacher likes
+_ALMOST_ONE = 1 - 2.0**-24
+
+
+class LogitKDLoss:
+    """The loss with its two settings."""
+
+    def __init__(self, alpha: float, temperature: float) -> None:
+        self.alpha = alpha
+        self.temperature = temperature
+
+    def __call__(self, logits: Tensor, targets: TeacherTargets, labels: Tensor) -> LossTerms:
+        """Hard and soft loss of `logits [n, V]`; both are in the terms, unweighted but for T^2."""
+        log_z = torch.logsumexp(logits, dim=-1)
+        hard = log_z - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        temperature = self.temperature
+        soft_log_z = log_z if temperature == 1 else torch.logsumexp(logits / temperature, dim=-1)
+        if isinstance(targets, TruncatedTargets):
+            kl = _truncated_kl(logits, soft_log_z, targets, temperature)
+        else:
+            kl = _dense_kl(logits, soft_log_z, targets, temperature)
+        soft = temperature**2 * kl
+        total = self.alpha * hard + (1 - self.alpha) * soft
+        return LossTerms(total, {"hard": hard, "soft": soft})
+
+
+def _truncated_kl(
+    logits: Tensor, log_z: Tensor, targets: TruncatedTargets, temperature: float
+) -> Tensor:
+    """KL over k + 1 outcomes: each kept id, and all the others as one."""
+    log_p, log_p_tail = targets.at(temperature)
+    log_q = logits.gather(-1, targets.ids) / temperature - log_z.unsqueeze(-1)
+    log_q_tail = torch.log1p(-log_q.exp().sum(-1).clamp(max=_ALMOST_ONE))
+    return _kl(log_p, log_q).sum(-1) + _kl(log_p_tail, log_q_tail)
+
+
+def _dense_kl(logits: Tensor, log_z: Tensor, targets: DenseTargets, temperature: float) -> Tensor:
+    log_q = logits / temperature - log_z.unsqueeze(-1)
+    return _kl(targets.at(temperature), log_q).sum(-1)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`p * (log p - log q)`, 0 where p is 0."""
+    term = log_p.exp() * (log_p.clamp(min=_FLOOR) - log_q.clamp(min=_FLOOR))
+    return torch.where(log_p > _FLOOR, term, torch.zeros_like(term))

@@ -1,0 +1,178 @@
+"""The cache folder: finds rows by key, adds shards, checks what it reads."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdframe.api import BadRow, CacheSpec, DamagedError, InputError, RowPositions, durable
+from kdframe_mmap_cache import journal, manifest
+from kdframe_mmap_cache.catalogue import Catalogue, Found
+from kdframe_mmap_cache.shard import KEY_BYTES, index_sum, pack
+
+_REMEDY = "`kdframe cache verify --repair` computes it again"
+
+
+class MmapCacheFolder:
+    """A teacher's records in a folder of shards. Any number of processes may read and write.
+
+    A commit writes its shard whole, then announces it in the journal; what was not announced
+    does not exist. A row may be stored more than once: any that holds the positions asked serves.
+
+    Attributes:
+        folder: where it lives.
+    """
+
+    def __init__(self, folder: Path, spec: CacheSpec) -> None:
+        """Open the cache, or begin it.
+
+        Raises:
+            InputError: the folder holds another identity (names the parts that differ), a newer
+                format, or something else.
+            DamagedError: the manifest or the journal is damaged or missing.
+        """
+        self.folder = folder
+        self._spec = spec
+        manifest.open_folder(folder, spec)
+        self._known = Catalogue(folder, spec.record_bytes)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what other processes have written since."""
+        self._known.refresh()
+
+    def missing(self, rows: Sequence[RowPositions]) -> list[int]:
+        """Indices of the rows whose stored positions do not cover what is asked."""
+        self.refresh()
+        return [i for i, found in enumerate(self._known.covering(rows)) if not found]
+
+    def write(self, rows: Sequence[RowPositions], records: Sequence[NDArray[np.uint8]]) -> None:
+        """Store `records[i]` `[n_i, B]` for `rows[i]` as one shard. Durable on return.
+
+        Rows that are covered already are left out.
+
+        Raises:
+            InputError: the disk is full; what was written before is kept.
+            ValueError: a key is not 16 bytes, or a shape does not fit.
+        """
+        size = self._spec.record_bytes
+        for row, record in zip(rows, records, strict=True):
+            if len(row.key) != KEY_BYTES or record.shape != (len(row.positions), size):
+                raise ValueError(f"row {row.key.hex()}: records {record.shape}, of {size} bytes")
+        first = {(rows[i].key, rows[i].positions.tobytes()): i for i in self.missing(rows)}
+        chosen = sorted(first.values())
+        if chosen:
+            kept = [rows[i] for i in chosen]
+            self._commit(len(kept), pack(kept, [records[i] for i in chosen], size))
+
+    def read(self, rows: Sequence[RowPositions]) -> NDArray[np.uint8]:
+        """Records of all rows' positions in their order, `[sum n_i, B]`; read-only where it can.
+
+        Raises:
+            DamagedError: a row is absent, does not hold a position, or fails its checksum.
+        """
+        places = self._known.covering(rows)
+        found = [self._good(row, at) for row, at in zip(rows, places, strict=True)]
+        if len(found) == 1 and found[0][2] is None:
+            return found[0][0].records(found[0][1])
+        total = sum(len(row.positions) for row in rows)
+        out = np.empty((total, self._spec.record_bytes), np.uint8)
+        end = 0
+        for row, (shard, i, chosen) in zip(rows, found, strict=True):
+            begin, end = end, end + len(row.positions)
+            records = shard.records(i)
+            out[begin:end] = records if chosen is None else records[chosen]
+        return out
+
+    def verify(self) -> tuple[int, list[BadRow]]:
+        """Check every row against the disk: how many there are, and the bad ones.
+
+        A damaged index (its rows are not known) has an empty `row`; so has a damaged line of the
+        journal.
+        """
+        self._known.start_over()
+        self.refresh()
+        bad = [
+            BadRow("", journal.NAME, f"line {number} is damaged")
+            for number in self._known.journal.damaged
+        ]
+        bad += [BadRow("", name, reason) for name, reason in self._known.broken.items()]
+        count = 0
+        for shard in self._known.shards:
+            for i in np.flatnonzero(shard.live).tolist():
+                count += 1
+                if not shard.check(i, again=True):
+                    reason = "the checksum disagrees"
+                    bad.append(BadRow(shard.keys[i].tobytes().hex(), shard.name, reason))
+            shard.close()
+        return count, bad
+
+    def drop(self, rows: Sequence[BadRow]) -> None:
+        """Forget rows, so that they are missing; durable on return.
+
+        With an empty `row` the whole shard is forgotten, or the journal's damaged lines.
+        """
+        if any(bad.row and len(bytes.fromhex(bad.row)) != KEY_BYTES for bad in rows):
+            raise ValueError("a row is named by its key in hexadecimal")
+        pairs = [[bad.row, bad.shard] for bad in rows if bad.shard != journal.NAME]
+        with durable.lock(self.folder / manifest.LOCK):
+            if len(pairs) < len(rows):
+                self._known.journal.mend()
+            if pairs:
+                self._known.journal.append({"drop": pairs})
+        self.refresh()
+
+    def info(self) -> dict[str, Any]:
+        """Counts and sizes as plain data; `bytes` is that of the files."""
+        self.refresh()
+        files = [manifest.NAME, journal.NAME]
+        size = sum((self.folder / name).stat().st_size for name in files)
+        size += sum(shard.size for shard in self._known.shards)
+        positions = sum(shard.live_positions() for shard in self._known.shards)
+        return {
+            "rows": sum(int(shard.live.sum()) for shard in self._known.shards),
+            "positions": positions,
+            "bytes": size,
+            "bytes_per_position": size / positions if positions else 0.0,
+            "shards": len(self._known.shards),
+            "identity": dict(self._spec.identity),
+            "codec": dict(self._spec.codec),
+        }
+
+    def _good(self, row: RowPositions, found: Sequence[Found]) -> Found:
+        if not found:
+            self._known.refresh()
+            found = self._known.covering([row])[0]
+        for shard, i, chosen in found:
+            if shard.check(i):
+                return shard, i, chosen
+        name = row.key.hex()
+        if found:
+            path = self.folder / found[0][0].name
+            raise DamagedError(f"{path}: row {name} is damaged; {_REMEDY}")
+        raise DamagedError(
+            f"{self.folder}: row {name} is not there with all positions asked; {_REMEDY}"
+        )
+
+    def _commit(self, rows: int, data: bytearray) -> None:
+        name = f"shard-{uuid.uuid4().hex[:12]}.bin"
+        durable.require_space(self.folder, len(data), f"{rows} rows of the cache")
+        entry = {"shard": name, "rows": rows, "bytes": len(data)}
+        try:
+            durable.write_bytes(self.folder / name, memoryview(data))
+            with durable.lock(self.folder / manifest.LOCK):
+                self._known.journal.append({**entry, "index": f"{index_sum(data):016x}"})
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise InputError(
+                f"{self.folder}: the disk is full; {len(data):,} bytes needed for {rows} rows; "
+                "rows written before are kept: free some space and start again"
+            ) from error
+        self.refresh()

@@ -1,0 +1,195 @@
+"""A shard: a file of rows that memory-maps, never changed after it was written.
+
+Layout, little-endian: a header of 64 bytes; for `r` rows their keys `[r, 16]`, where each row's
+positions begin `[r + 1]` uint64, their checksums `[r]` uint64; the positions of all rows one after
+the other, int32; zeros up to a multiple of 64; the records in the same order.
+
+The header ends with the checksum of itself and of the index arrays. A row's checksum (xxh3, 64
+bits) covers its key, its positions and its records.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kdframe.api import DamagedError, RowPositions
+
+KEY_BYTES = 16
+_MAGIC = b"kdfshard"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIQQ24xQ")  # magic, version, record bytes, rows, positions, checksum
+_COVERED = _HEADER.size - 8
+_NAME = re.compile(r"shard-[0-9a-f]{12}\.bin")
+
+
+class ShardError(DamagedError):
+    """A shard as a whole is not what was written; `reason` says how."""
+
+    def __init__(self, shard: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{shard}: {reason}")
+
+
+def pack(
+    rows: Sequence[RowPositions], records: Sequence[NDArray[np.uint8]], record_bytes: int
+) -> bytearray:
+    """A shard's bytes."""
+    counts = np.array([len(row.positions) for row in rows], np.uint64)
+    starts = np.concatenate([np.zeros(1, "<u8"), counts.cumsum(dtype="<u8")]).astype("<u8")
+    total = int(starts[-1])
+    at = _Layout(len(rows), total, record_bytes)
+    data = bytearray(at.end)
+    body = np.frombuffer(data, np.uint8)
+    positions = body[at.positions : at.positions + 4 * total].view("<i4")
+    if total:
+        positions[:] = np.concatenate([row.positions for row in rows])
+        np.concatenate(records, out=body[at.records :].reshape(total, record_bytes))
+    sums = [row_sum(r.key, r.positions, x) for r, x in zip(rows, records, strict=True)]
+    data[at.keys : at.starts] = b"".join(row.key for row in rows)
+    data[at.starts : at.sums] = starts.tobytes()
+    data[at.sums : at.positions] = np.array(sums, "<u8").tobytes()
+    fields = (_MAGIC, _VERSION, record_bytes, len(rows), total)
+    _HEADER.pack_into(data, 0, *fields, 0)
+    _HEADER.pack_into(data, 0, *fields, _index_sum(data[: at.positions]))
+    return data
+
+
+def row_sum(key: bytes, positions: NDArray[np.int32], records: NDArray[np.uint8]) -> int:
+    """A row's checksum."""
+    state = xxhash.xxh3_64(key)
+    state.update(np.ascontiguousarray(positions, "<i4").data)
+    state.update(np.ascontiguousarray(records).data)
+    return int(state.intdigest())
+
+
+def index_sum(data: bytes | bytearray) -> int:
+    """The checksum that the header of a packed shard carries."""
+    return int(_HEADER.unpack_from(data)[-1])
+
+
+def _index_sum(index: bytes | bytearray) -> int:
+    state = xxhash.xxh3_64(index[:_COVERED])
+    state.update(memoryview(index)[_HEADER.size :])
+    return int(state.intdigest())
+
+
+class _Layout:
+    """Where the arrays begin, in bytes."""
+
+    def __init__(self, rows: int, positions: int, record_bytes: int) -> None:
+        self.keys = _HEADER.size
+        self.starts = self.keys + KEY_BYTES * rows
+        self.sums = self.starts + 8 * (rows + 1)
+        self.positions = self.sums + 8 * rows
+        self.records = -(-(self.positions + 4 * positions) // 64) * 64
+        self.end = self.records + positions * record_bytes
+
+
+class Shard:
+    """A shard on disk. The index is read and checked at once, the rows when they are asked for.
+
+    Attributes:
+        name: the file's name.
+        rows, size: number of rows; bytes of the file.
+        keys: `[rows, 16]`.
+        live: `[rows]` bool, rows that were not dropped.
+    """
+
+    def __init__(self, folder: Path, name: str, record_bytes: int) -> None:
+        """Open `name` in `folder`.
+
+        Raises:
+            ShardError: the file is missing, no regular file, or not what was written.
+        """
+        if not _NAME.fullmatch(name):
+            raise ShardError(name, f"{name!r} is no name of a shard")
+        self.name = name
+        self._path = folder / name
+        self._record_bytes = record_bytes
+        self._map: NDArray[np.uint8] | None = None
+        with self._opened() as file:
+            self.size = os.fstat(file.fileno()).st_size
+            index = file.read(_HEADER.size)
+            self.rows, total = self._counts(index)
+            self._at = _Layout(self.rows, total, record_bytes)
+            if self.size != self._at.end:
+                raise ShardError(name, f"has {self.size:,} bytes instead of {self._at.end:,}")
+            index += file.read(self._at.positions - len(index))
+        self.sum = index_sum(index)
+        if self.sum != _index_sum(index):
+            raise ShardError(name, "the index is damaged")
+        keys = np.frombuffer(index, np.uint8, KEY_BYTES * self.rows, self._at.keys)
+        self.keys = keys.reshape(-1, KEY_BYTES)
+        self._starts = np.frombuffer(index, "<i8", self.rows + 1, self._at.starts)
+        self._sums = np.frombuffer(index, "<u8", self.rows, self._at.sums)
+        if self._starts[0] != 0 or self._starts[-1] != total or (np.diff(self._starts) < 0).any():
+            raise ShardError(name, "the index is not consistent")
+        self.live = np.ones(self.rows, bool)
+        self._known_good = np.zeros(self.rows, bool)
+
+    def positions(self, row: int) -> NDArray[np.int32]:
+        """The positions that a row holds, `[n]`; to be believed once `check` has passed."""
+        begin = self._at.positions
+        first, last = self._starts[row : row + 2].tolist()
+        return self._bytes()[begin + 4 * first : begin + 4 * last].view("<i4")
+
+    def records(self, row: int) -> NDArray[np.uint8]:
+        """A row's records `[n, B]`: a view of the file."""
+        begin, size = self._at.records, self._record_bytes
+        first, last = self._starts[row : row + 2].tolist()
+        return self._bytes()[begin + first * size : begin + last * size].reshape(last - first, size)
+
+    def check(self, row: int, *, again: bool = False) -> bool:
+        """Whether a row is what was written. A good one is remembered, unless `again`."""
+        if again or not self._known_good[row]:
+            found = row_sum(self.keys[row].tobytes(), self.positions(row), self.records(row))
+            self._known_good[row] = found == self._sums[row]
+        return bool(self._known_good[row])
+
+    def live_positions(self) -> int:
+        """Positions of the rows that were not dropped."""
+        return int(np.diff(self._starts)[self.live].sum())
+
+    def close(self) -> None:
+        """Let go of the map (views that were given out keep it alive)."""
+        self._map = None
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return open(self._path, "rb", opener=_open_here)
+        except OSError as error:
+            raise ShardError(self.name, f"cannot be opened ({error.strerror})") from error
+
+    def _counts(self, header: bytes) -> tuple[int, int]:
+        if len(header) < _HEADER.size:
+            raise ShardError(self.name, "is shorter than its header")
+        magic, version, record_bytes, rows, positions, _ = _HEADER.unpack(header)
+        if (magic, version, record_bytes) != (_MAGIC, _VERSION, self._record_bytes):
+            raise ShardError(self.name, "the header is damaged")
+        return rows, positions
+
+    def _bytes(self) -> NDArray[np.uint8]:
+        mapped = self._map
+        if mapped is None:
+            with self._opened() as file:
+                # A map that ends beyond its file would kill the process when it is read.
+                if os.fstat(file.fileno()).st_size != self.size:
+                    raise ShardError(self.name, f"no longer has its {self.size:,} bytes")
+                buffer = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+            self._map = mapped = np.frombuffer(buffer, np.uint8)
+        return mapped
+
+
+def _open_here(path: str, flags: int) -> int:
+    """Open a file, but no link (it may lead out of the folder), nor wait for a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
