@@ -1,4 +1,4 @@
-"""kdframe distils large language models: one teacher pass, a verifiable cache, a student to ship."""
+"""kdframe distils language models: one teacher pass, a verifiable cache, a student to ship."""
 
 from __future__ import annotations
 

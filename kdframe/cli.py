@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
-cache_app = typer.Typer(
-    no_args_is_help=True, help="Fill, show, check and repair teacher caches."
-)
+cache_app = typer.Typer(no_args_is_help=True, help="Fill, show, check and repair teacher caches.")
 plugins_app = typer.Typer(no_args_is_help=True, help="Show what is installed.")
 app.add_typer(cache_app, name="cache")
 app.add_typer(plugins_app, name="plugins")

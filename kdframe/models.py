@@ -17,31 +17,22 @@ from typing import TYPE_CHECKING, Any
 from kdframe.errors import InputError
 from kdframe.experiment import Student, Teacher
 from kdframe.gguf_files import quick_reader
-from kdframe.locating import Located, check, explained, locate
-from kdframe.packing import check_packing, packed_inputs, packed_mask
+from kdframe.locating import Located, explained, locate
 from kdframe.students import add_lora, cut_layers, seeded
-from kdframe.weights import weights_fingerprint
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = [
-    "Located",
     "causal_lm",
-    "check",
-    "check_packing",
     "load_folder",
     "load_student",
     "load_teacher",
-    "locate",
     "output_rows",
-    "packed_inputs",
-    "packed_mask",
     "parameter_count",
     "pick_device",
     "save",
-    "weights_fingerprint",
 ]
 
 # Where a library notes which file a model came from: nobody else's business.

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -36,31 +35,6 @@ def packed_inputs(segment_ids: Tensor) -> dict[str, Any]:
         "attention_mask": None,
         "use_cache": False,
     }
-
-
-def packed_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same as an explicit mask, `[B, 1, T, T]`, for a model without sliding windows.
-
-    A position sees itself and what stands before it in its row; padding (-1) sees itself.
-
-    Args:
-        segment_ids: `[B, T]` int, equal within a row, another number in the next; -1 is padding.
-        dtype: `torch.bool` (True: may see), or a floating type (0: may see, else its minimum).
-    """
-    import torch
-
-    length = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    real = (segment_ids != -1)[:, :, None]
-    itself = torch.eye(length, dtype=torch.bool, device=segment_ids.device)
-    visible = (same & causal & real | itself)[:, None]
-    if dtype == torch.bool:
-        return visible
-    hidden = torch.finfo(dtype).min
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, hidden
-    )
 
 
 def check_packing(model: PreTrainedModel) -> bool:

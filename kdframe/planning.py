@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from kdframe import batching, caching, durable, models
-from kdframe.checks import Guard
 from kdframe.batching import TokenRows
+from kdframe.checks import Guard
 from kdframe.errors import InputError
 from kdframe.experiment import Experiment
 from kdframe.losses import StudentWithLoss

@@ -171,7 +171,7 @@ class _Loop:
         for one in collated:
             with self._autocast():
                 loss = self._loss(one)
-            self.scaler.scale(loss.total / counted).backward()
+            torch.autograd.backward(self.scaler.scale(loss.total / counted))
             sums.append(loss)
         self.scaler.unscale_(self.optimizer)
         limit = self.lesson.settings.max_grad_norm or math.inf

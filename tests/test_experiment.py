@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pydantic
 import pytest
-from kdframe_codecs import Dense, TopK
-from kdframe_logit_kd import LogitKD
-from kdframe_mmap_cache import MmapCache
 
 from kdframe import Data, Experiment, Student, Teacher
 from kdframe.experiment import Section, fingerprint
 from kdframe.parts import Part
 from kdframe.plugins import installed
+from kdframe_codecs import Dense, TopK
+from kdframe_logit_kd import LogitKD
+from kdframe_mmap_cache import MmapCache
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,7 +79,9 @@ def sections(model: type[pydantic.BaseModel] = Experiment) -> set[type[pydantic.
 def every_field() -> list[tuple[str, str]]:
     parts = [kind.part for kinds in installed().kinds.values() for kind in kinds.values()]
     models: list[type[pydantic.BaseModel]] = [*sections(), *parts]
-    return sorted({(m.__name__, field) for m in models for field in m.model_fields if field != "kind"})
+    return sorted(
+        {(m.__name__, field) for m in models for field in m.model_fields if field != "kind"}
+    )
 
 
 def attributes_read() -> set[str]:
@@ -103,7 +105,10 @@ def test_every_setting_is_read_by_some_code(model, field):
 def test_every_setting_says_what_it_means():
     for model in (*sections(), *Part.__subclasses__()):
         for name, info in model.model_fields.items():
-            assert name == "kind" or info.description or model is Part or name == "codec", (model, name)
+            assert name == "kind" or info.description or model is Part or name == "codec", (
+                model,
+                name,
+            )
 
 
 def test_the_schema_holds_every_installed_part():

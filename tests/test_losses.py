@@ -4,14 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kdframe_codecs import TopK
-from kdframe_logit_kd import LogitKD
 from torch.nn import functional as F
 
 from kdframe.losses import StudentWithLoss, chunked
 from kdframe.output_layer import Halves
 from kdframe.parts import LossTerms
 from kdframe.targets import DenseTargets, TruncatedTargets
+from kdframe_codecs import TopK
+from kdframe_logit_kd import LogitKD
 
 V = 50
 
@@ -21,7 +21,7 @@ def guide_loss(student_logits, teacher_logits, labels, temperature, alpha):
     shift_student = student_logits[:, :-1, :]
     shift_teacher = teacher_logits[:, :-1, :]
     shift_labels = labels[:, 1:]
-    b, t, v = shift_student.shape
+    v = shift_student.shape[-1]
     shift_student = shift_student.reshape(-1, v)
     shift_teacher = shift_teacher.reshape(-1, v)
     hard = F.cross_entropy(shift_student, shift_labels.reshape(-1), reduction="mean")

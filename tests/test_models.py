@@ -21,6 +21,8 @@ from kdframe import models, tokenizers
 from kdframe.errors import InputError
 from kdframe.experiment import Cut, Teacher
 from kdframe.gguf_files import quick_reader
+from kdframe.packing import check_packing
+from kdframe.weights import weights_fingerprint
 from tests.conftest import make_llama
 from tests.model_helpers import CPU, logits, moved, student_of, teacher_of
 
@@ -183,12 +185,12 @@ def test_hub_id_works_offline_from_the_hub_cache(teacher_folder, tmp_path):
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("a" * 40)
     code = (
-        "import torch, sys; from kdframe import models, tokenizers\n"
+        "import torch, sys; from kdframe import models, tokenizers, weights\n"
         "from kdframe.experiment import Teacher\n"
         "hub, folder = Teacher(model='owner/tiny'), Teacher(model=sys.argv[1])\n"
         "a, b = (models.load_teacher(t, torch.device('cpu')).state_dict() for t in (hub, folder))\n"
         "assert all(torch.equal(a[k], b[k]) for k in a)\n"
-        "assert models.weights_fingerprint(hub) == models.weights_fingerprint(folder)\n"
+        "assert weights.weights_fingerprint(hub) == weights.weights_fingerprint(folder)\n"
         "f = [tokenizers.fingerprint(tokenizers.load(t.model)) for t in (hub, folder)]\n"
         "assert f[0] == f[1]; print('same')\n"
     )
@@ -204,7 +206,7 @@ def test_unknown_hub_id_is_one_line():
     with pytest.raises(InputError, match=r"teacher\.model 'nobody/none' .* hub cannot be reached"):
         models.load_teacher(Teacher(model="nobody/none"), CPU)
     with pytest.raises(InputError, match=r"teacher\.model 'nobody/none' .* hub cannot be reached"):
-        models.weights_fingerprint(Teacher(model="nobody/none"))
+        weights_fingerprint(Teacher(model="nobody/none"))
 
 
 def test_gguf_is_dequantised_and_can_be_saved(gguf_file, tokenizer, tmp_path):
@@ -284,4 +286,4 @@ def test_real_gguf_becomes_a_plain_student(real, tmp_path):
     assert words.decode(logits(teacher, ids)[0, -2].argmax()) == "."
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, ids), logits(student.eval(), ids))
-    assert models.check_packing(student)
+    assert check_packing(student)

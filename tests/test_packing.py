@@ -10,7 +10,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from kdframe import models
+from kdframe import models, packing
 from tests.model_helpers import CPU, gemma, gpt2, moved, student_of, teacher_of
 
 
@@ -47,45 +47,25 @@ def assert_as_alone(model, ids: torch.Tensor, **packed) -> None:
 
 
 def test_positions_restart_with_every_row():
-    inputs = models.packed_inputs(torch.tensor([[4, 4, 4, 9, 9, -1, -1], [1, 1, 1, 1, 1, 1, 2]]))
+    inputs = packing.packed_inputs(torch.tensor([[4, 4, 4, 9, 9, -1, -1], [1, 1, 1, 1, 1, 1, 2]]))
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 0]]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_rows_get_the_logits_that_they_get_alone(teacher_folder, packed_ids, attention):
     model = AutoModelForCausalLM.from_pretrained(teacher_folder, attn_implementation=attention)
-    packed = models.packed_inputs(SEGMENTS)
+    packed = packing.packed_inputs(SEGMENTS)
     assert_as_alone(model, packed_ids, **packed)
-    masks = [models.packed_mask(SEGMENTS, torch.float32)]
-    if attention == "sdpa":
-        masks.append(models.packed_mask(SEGMENTS, torch.bool))
-    for mask in masks:
-        assert_as_alone(model, packed_ids, **packed | {"attention_mask": mask})
 
 
 def test_packed_rows_keep_their_sliding_window(packed_ids):
     model = gemma(layers=2).eval()
-    assert_as_alone(model, packed_ids, **models.packed_inputs(SEGMENTS))
+    assert_as_alone(model, packed_ids, **packing.packed_inputs(SEGMENTS))
 
 
 def test_without_packed_inputs_rows_see_each_other(teacher, packed_ids):
     with pytest.raises(AssertionError):
         assert_as_alone(teacher, packed_ids, use_cache=False)
-
-
-def test_packed_mask_shows_a_row_its_past_and_padding_itself():
-    visible = models.packed_mask(torch.tensor([[5, 5, 6, -1, -1]]), torch.bool)
-    assert visible.shape == (1, 1, 5, 5)
-    assert visible[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 1],
-    ]
-    added = models.packed_mask(torch.tensor([[5, 5, 6, -1, -1]]), torch.float32)
-    assert torch.equal(added == 0, visible)
-    assert added.min() == torch.finfo(torch.float32).min
 
 
 def mamba():
@@ -114,10 +94,10 @@ def opt():
     ids=["gemma3", "gpt2", "mamba", "opt"],
 )
 def test_packing_is_checked_on_the_architecture(build, keeps_apart):
-    assert models.check_packing(build()) is keeps_apart
+    assert packing.check_packing(build()) is keeps_apart
 
 
 def test_packing_check_serves_adapters_and_16_bits_and_leaves_the_mode(teacher_folder):
     for model in (moved(teacher_folder), student_of(model=str(teacher_folder), dtype="bfloat16")):
-        assert models.check_packing(model)
+        assert packing.check_packing(model)
         assert model.training

@@ -141,7 +141,7 @@ def test_an_observer_that_raises_is_dropped_and_the_others_go_on():
     bad = plugin(kdframe_run_started=kdframe_run_started)
 
     @hookimpl
-    def kdframe_run_started(run):  # noqa: F811
+    def kdframe_run_started(run):
         heard.append(run)
 
     found = Plugins.of(good=plugin(kdframe_run_started=kdframe_run_started), bad=bad)
@@ -155,7 +155,7 @@ def test_only_the_named_plugins_are_loaded(monkeypatch):
     monkeypatch.setenv("KDFRAME_PLUGINS", "logit_kd")
     assert [p.name for p in installed().found] == ["logit_kd"]
     monkeypatch.setenv("KDFRAME_PLUGINS", "nobody")
-    with pytest.raises(InputError, match="nobody: no such plugin; installed: .*logit_kd"):
+    with pytest.raises(InputError, match=r"nobody: no such plugin; installed: .*logit_kd"):
         installed()
 
 

@@ -159,12 +159,14 @@ def test_the_guides_template_is_read_as_it_is_printed(tmp_path):
     assert experiment.training.early_stopping_patience == 3
     assert [e.kind for e in experiment.evaluation.evaluators] == ["perplexity"]
     assert experiment.evaluation.when_available == ("mmlu_subset",)
-    nested = TEMPLATE.replace("\n", "\n  ").replace("distillation_config:\n", "distillation_config:\n")
-    for section in ("hyperparameters", "data", "training", "evaluation"):
-        head, _, tail = nested.partition(f"  {section}:\n")
-        lines = tail.split("\n")
-        nested = head + f"  {section}:\n" + "\n".join(lines)
-    again = reading.load(write(tmp_path, nested.rstrip() + "\n", "guide.yaml"))
+    root, *lines = TEMPLATE.splitlines()
+    inside = 0
+    nested = [root]
+    for line in lines:
+        section = line.endswith(":")
+        inside = inside or section
+        nested.append(("    " if inside and not section else "  ") + line)
+    again = reading.load(write(tmp_path, "\n".join(nested), "guide.yaml"))
     assert again == experiment
 
 

@@ -50,6 +50,15 @@ def masked() -> torch.Tensor:
     return logits
 
 
+def mixture() -> torch.Tensor:
+    """A hundred likely ids over a crowd, at every distance: made to be hard."""
+    generator = torch.Generator().manual_seed(2)
+    width, step, spread = torch.rand(3, 40, 1, generator=generator, dtype=torch.float64)
+    logits = noise(40, 2) * width * 4
+    logits[:, :100] = (logits[:, :100] + step * 30) * (1 + spread)
+    return logits
+
+
 SHAPES = {
     "flat": (lambda: noise(10, 4) * 0.1, 1e-4),
     "uniform": (lambda: torch.zeros(2, V, dtype=torch.float64), 1e-4),
@@ -57,7 +66,8 @@ SHAPES = {
     "peaked": (peaked, 2e-3),
     "zipf": (zipf, 5e-3),
     "masked": (masked, 2e-3),
-    "shelves": (shelves, 3e-2),
+    "shelves": (shelves, 5e-3),
+    "mixture": (mixture, 3e-2),
 }
 
 

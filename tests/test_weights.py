@@ -38,56 +38,56 @@ def adapter(teacher_folder, tokenizer, tmp_path_factory) -> Path:
 
 def test_fingerprint_is_of_the_content(teacher_folder, tmp_path):
     copy = shutil.copytree(teacher_folder, tmp_path / "copy")
-    plain = models.weights_fingerprint(teacher_of(teacher_folder))
+    plain = weights.weights_fingerprint(teacher_of(teacher_folder))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
-    assert models.weights_fingerprint(teacher_of(copy)) == plain
+    assert weights.weights_fingerprint(teacher_of(copy)) == plain
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert models.weights_fingerprint(teacher_of(copy)) != plain
+    assert weights.weights_fingerprint(teacher_of(copy)) != plain
 
 
 def test_fingerprint_sees_one_flipped_bit(teacher_folder, tmp_path):
     copy = shutil.copytree(teacher_folder, tmp_path / "copy")
-    before = models.weights_fingerprint(teacher_of(copy))
+    before = weights.weights_fingerprint(teacher_of(copy))
     with open(copy / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
-    assert models.weights_fingerprint(teacher_of(copy)) != before
+    assert weights.weights_fingerprint(teacher_of(copy)) != before
 
 
 def test_fingerprint_sees_type_quantisation_and_adapter(teacher_folder, adapter, gguf_file):
     def of(**settings):
-        return models.weights_fingerprint(teacher_of(teacher_folder, **settings))
+        return weights.weights_fingerprint(teacher_of(teacher_folder, **settings))
 
     assert of() == of(dtype="float32")  # the stored type
     seen = {of(), of(dtype="bfloat16"), of(quantize="int8"), of(adapter=str(adapter))}
-    assert len(seen | {models.weights_fingerprint(teacher_of(gguf_file))}) == 5
-    assert models.weights_fingerprint(teacher_of(gguf_file)) == models.weights_fingerprint(
+    assert len(seen | {weights.weights_fingerprint(teacher_of(gguf_file))}) == 5
+    assert weights.weights_fingerprint(teacher_of(gguf_file)) == weights.weights_fingerprint(
         teacher_of(gguf_file, dtype="float32")
     )
 
 
 def test_unchanged_file_is_not_read_again(teacher_folder, own_memory, tmp_path):
     copy = shutil.copytree(teacher_folder, tmp_path / "copy")
-    models.weights_fingerprint(teacher_of(copy))
+    weights.weights_fingerprint(teacher_of(copy))
     assert not own_memory.exists(), "a file changed just now could change again unseen"
     time.sleep(0.15)
-    first = models.weights_fingerprint(teacher_of(copy))
+    first = weights.weights_fingerprint(teacher_of(copy))
     (key,) = json.loads(own_memory.read_text())
     own_memory.write_text(json.dumps({key: "remembered"}))
-    assert models.weights_fingerprint(teacher_of(copy)) != first
+    assert weights.weights_fingerprint(teacher_of(copy)) != first
     os.utime(copy / "model.safetensors")
-    assert models.weights_fingerprint(teacher_of(copy)) == first
+    assert weights.weights_fingerprint(teacher_of(copy)) == first
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", ""])
 def test_damaged_memory_is_ignored(teacher_folder, own_memory, damage):
-    first = models.weights_fingerprint(teacher_of(teacher_folder))
+    first = weights.weights_fingerprint(teacher_of(teacher_folder))
     own_memory.parent.mkdir(parents=True, exist_ok=True)
     own_memory.write_text(damage)
-    assert models.weights_fingerprint(teacher_of(teacher_folder)) == first
+    assert weights.weights_fingerprint(teacher_of(teacher_folder)) == first
     assert len(json.loads(own_memory.read_text())) == 1
 
 
@@ -101,4 +101,4 @@ def test_large_files_are_hashed_in_pieces(tmp_path, monkeypatch):
 def test_folder_without_weights_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="holds no weights"):
-        models.weights_fingerprint(teacher_of(tmp_path))
+        weights.weights_fingerprint(teacher_of(tmp_path))

@@ -96,7 +96,7 @@ class MmapCacheFolder:
         A damaged index (its rows are not known) has an empty `row`; so has a damaged line of the
         journal.
         """
-        self._known.start_over()
+        self._known.start_over()  # a shard that is opened anew remembers no check
         self.refresh()
         bad = [
             BadRow("", journal.NAME, f"line {number} is damaged")
@@ -107,7 +107,7 @@ class MmapCacheFolder:
         for shard in self._known.shards:
             for i in np.flatnonzero(shard.live).tolist():
                 count += 1
-                if not shard.check(i, again=True):
+                if not shard.check(i):
                     reason = "the checksum disagrees"
                     bad.append(BadRow(shard.keys[i].tobytes().hex(), shard.name, reason))
             shard.close()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mmap_cache_kit as kit
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdframe.api import BadRow, DamagedError, InputError, RowPositions
+from kdframe.api import BadRow, DamagedError, InputError, RowPositions, durable
 from kdframe_mmap_cache import MmapCache
 from kdframe_mmap_cache.cache import MmapCacheFolder
 
@@ -147,6 +148,17 @@ def test_two_processes_write_at_once_and_nothing_is_lost(tmp_path):
     assert cache.info()["shards"] == 40
     assert all(kit.holds(cache, i) for i in [*range(60), *range(100, 160)])
     assert cache.verify() == (120, [])
+
+
+def test_a_shard_is_announced_under_the_lock(cache):
+    with durable.lock(cache.folder / ".lock"):
+        writer = threading.Thread(target=kit.write, args=(kit.open_cache(cache.folder), [1]))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        assert cache.missing([kit.row(1)]) == [0]
+    writer.join(10)
+    assert kit.holds(cache, 1)
 
 
 def test_a_reader_sees_each_row_as_soon_as_its_writer_says_so(tmp_path):

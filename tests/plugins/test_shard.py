@@ -95,3 +95,11 @@ def test_a_folder_in_the_place_of_a_shard_is_refused(tmp_path):
     (tmp_path / NAME).mkdir()
     with pytest.raises(ShardError):
         Shard(tmp_path, NAME, 12)
+
+
+@pytest.mark.parametrize("bit", range(0, 8 * (64 + 32 * 4 + 8), 7))
+def test_a_flipped_bit_in_header_or_index_is_seen_when_it_is_opened(tmp_path, bit):
+    data = packed()
+    data[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(ShardError):
+        opened(tmp_path, data)
