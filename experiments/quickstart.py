@@ -30,7 +30,7 @@ experiment = Experiment(
     cache=MmapCache(codec=TopK(k=64)),
     loss=LogitKD(alpha=0.2, temperature=1.0),
     training=Training(
-        epochs=1,
+        epochs=2,
         batch_size=2,
         learning_rate=5e-4,
         warmup_ratio=0.1,

@@ -337,7 +337,8 @@ def _optimizer(trained: dict[str, nn.Parameter], settings: Training) -> torch.op
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
 def _hard_loss(logits: Tensor, labels: Tensor, targets: TeacherTargets | None) -> dict[str, Tensor]:
