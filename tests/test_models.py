@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from kdframe.experiment import Cut, Teacher
 from kdframe.gguf_files import quick_reader
 from kdframe.packing import check_packing
 from kdframe.weights import weights_fingerprint
+from tests.conftest import make_llama
 from tests.conftest import make_llama
 from tests.model_helpers import CPU, logits, moved, student_of, teacher_of
 
@@ -142,11 +144,25 @@ def test_adapter_is_merged(teacher_folder, adapter, teacher, ids):
     )
 
 
-def test_quantising_without_bitsandbytes_names_the_extra(teacher_folder):
-    if importlib.util.find_spec("bitsandbytes") is not None:
-        pytest.skip("bitsandbytes is installed")
+def test_quantising_without_bitsandbytes_names_the_extra(teacher_folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'kdframe\[bitsandbytes\]'"):
         models.load_teacher(teacher_of(teacher_folder, quantize="int4"), CPU)
+
+
+@pytest.mark.parametrize(("how", "stored"), [("int8", torch.int8), ("int4", torch.uint8)])
+def test_a_teacher_is_quantised_on_load_and_stays_frozen(tokenizer, tmp_path, how, stored):
+    folder = make_llama(tmp_path, tokenizer, layers=1, hidden=64, seed=3, initializer_range=0.05)
+    ids = torch.arange(3, 15)[None]
+    whole = models.load_teacher(teacher_of(folder), CPU)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = models.load_teacher(teacher_of(folder, quantize=how), CPU)
+        found = torch.log_softmax(logits(small, ids).float(), dim=-1)
+    assert stored in {parameter.dtype for parameter in small.parameters()}
+    assert not any(parameter.requires_grad for parameter in small.parameters())
+    wanted = torch.log_softmax(logits(whole, ids), dim=-1)
+    assert 0 < float((wanted.exp() * (wanted - found)).sum(-1).mean()) < 0.1
 
 
 def test_model_without_its_output_layer_is_refused(tokenizer, tmp_path):
