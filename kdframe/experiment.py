@@ -312,7 +312,7 @@ def set_path(plain: dict[str, Any], path: str, value: Any) -> None:
     for name in parents:
         below = at[int(name)] if isinstance(at, list) and name.isdigit() else at.get(name)
         if isinstance(below, str):
-            below = {"model" if name in ("teacher", "student") else "kind": below}
+            below = {_main_field(parents, name): below}
         if not isinstance(below, (dict, list)):
             below = {}
         if isinstance(at, list):
@@ -326,3 +326,10 @@ def set_path(plain: dict[str, Any], path: str, value: Any) -> None:
         at[int(last)] = value
     else:
         at[last] = value
+
+
+def _main_field(parents: list[str], name: str) -> str:
+    """The field that a section written as a string gives."""
+    if name in ("teacher", "student"):
+        return "model"
+    return "path" if parents[0] == "data" else "kind"

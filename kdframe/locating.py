@@ -82,8 +82,12 @@ def explained(field: str, model: str) -> Iterator[None]:
     except Exception as error:  # libraries raise whatever their file formats do
         reason = " ".join(str(error).split())
         raise InputError(
-            f"{field} {model!r} cannot be loaded: {_remedy(error, reason)} ({reason[:200]})"
+            f"{field} {model!r} cannot be loaded: {_remedy(error, reason)} ({_shortened(reason)})"
         ) from error
+
+
+def _shortened(reason: str) -> str:
+    return reason if len(reason) <= 200 else reason[:200].rsplit(" ", 1)[0] + " …"
 
 
 def _remedy(error: Exception, reason: str) -> str:

@@ -66,7 +66,7 @@ class StudentWithLoss(nn.Module):
         """
         hidden = self.halves.hidden(**inputs)
         hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
-        total = hidden.sum() * 0.0  # keeps the graph where nothing counts
+        total = hidden[:0].sum()  # keeps the graph where nothing counts
         terms: dict[str, Tensor] = {}
         if targets is not None:
             total = total + self._add(terms, hidden[taught], labels[taught], targets)
@@ -88,7 +88,11 @@ class StudentWithLoss(nn.Module):
             if targets is None:
                 hard = F.cross_entropy(logits, labels[chunk], reduction="none")
                 return LossTerms(hard, {"hard": hard})
-            return self.loss(logits, targets.select(chunk), labels[chunk])
+            found = self.loss(logits, targets.select(chunk), labels[chunk])
+            if "hard" in found.terms:
+                return found
+            hard = F.cross_entropy(logits.detach(), labels[chunk], reduction="none")
+            return LossTerms(found.total, {**found.terms, "hard": hard})
 
         total, more = chunked(at, hidden, self.halves.head_parameters, self.halves.chunk())
         for name, value in more.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdframe import data, models, tokenizers, weights
 from kdframe.batching import TokenRows
+from kdframe.errors import InputError
 from kdframe.experiment import Experiment
 from kdframe.progress import Progress
 from kdframe.teacher_cache import TeacherCache, cache_identity, open_cache
@@ -89,7 +90,13 @@ class Materials:
 
     @functools.cached_property
     def store(self) -> TeacherCache:
-        """The open teacher cache."""
+        """The open teacher cache.
+
+        Raises:
+            InputError: it holds another teacher, or the vocabularies need a projection.
+        """
+        if self.experiment.projection is not None:
+            raise InputError("projection: not applied yet; use two models of one tokenizer")
         teacher = self.experiment.teacher
         identity = cache_identity(
             weights=weights.weights_fingerprint(teacher),
@@ -101,7 +108,13 @@ class Materials:
 
     @property
     def held_out(self) -> dict[str, TokenRows]:
-        """The named sets on which models are compared."""
+        """The named sets on which models are compared.
+
+        Raises:
+            InputError: a test set has the name of the validation rows.
+        """
+        if "validation" in self.experiment.data.test:
+            raise InputError("data.test: the name 'validation' is taken; choose another")
         return {"validation": self.dataset.validation, **self.dataset.test}
 
     @property

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 64 * 2**20
 """Size of one chunk of float32 logits."""
 
+_PROBE = 4  # tokens
+_LOUD = 100.0  # a logit as large as any model makes
+
+
+def wide(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
 
 class OutputLayer:
     """Hidden states to logits, with the scale and soft-cap of the model's configuration."""
@@ -31,9 +39,8 @@ class OutputLayer:
         self.soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """`[n, H]` to float32 logits `[n, V]`."""
-        logits: Tensor = self.linear(hidden)
-        logits = logits.float()
+        """`[n, H]` to logits `[n, V]` in float32 (float64 stays)."""
+        logits = wide(self.linear(hidden))
         if self.multiply != self.divide:
             logits = logits * (self.multiply / self.divide)
         if self.soft_cap is not None:
@@ -55,7 +62,7 @@ class Halves:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         layer = OutputLayer(model)
         self.whole = not _adds_up(model, layer)
-        self.head: Callable[[Tensor], Tensor] = Tensor.float if self.whole else layer
+        self.head: Callable[[Tensor], Tensor] = wide if self.whole else layer
         self.head_parameters = [] if self.whole else layer.parameters
 
     def hidden(self, **inputs: Any) -> Tensor:
@@ -77,11 +84,31 @@ def _adds_up(model: PreTrainedModel, layer: OutputLayer) -> bool:
     training = model.training
     model.eval()
     try:
-        ids = torch.arange(1, 5, device=model.device).unsqueeze(0) % model.config.vocab_size
-        whole = model(input_ids=ids, use_cache=False).logits.float()
-        halves = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    except (AttributeError, TypeError):
+        loudest = _compare(model, layer, 1.0)
+        # Once more with large logits: what bends them only there (a soft-cap) shows.
+        return loudest is not None and _compare(model, layer, _LOUD / loudest) is not None
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # it is called otherwise
         return False
     finally:
         model.train(training)
-    return whole.shape == halves.shape and torch.allclose(whole, halves, rtol=1e-3, atol=1e-3)
+
+
+def _compare(model: PreTrainedModel, layer: OutputLayer, amplify: float) -> float | None:
+    """The largest logit where both ways agree, with the linear layer's output amplified."""
+    size = model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 1 + _PROBE, device=model.device).unsqueeze(0) % size
+    hook = layer.linear.register_forward_hook(lambda module, given, found: found * amplify)
+    try:
+        whole = wide(model(input_ids=ids, use_cache=False).logits)
+        halves = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    finally:
+        hook.remove()
+    loudest = float(whole.abs().max())
+    tolerance = max(1e-4, 8 * torch.finfo(model.dtype).eps) * loudest
+    equal = whole.shape == halves.shape and torch.allclose(whole, halves, rtol=0, atol=tolerance)
+    return max(loudest, torch.finfo(torch.float32).tiny) if equal else None

@@ -112,6 +112,11 @@ class LossConfig(Part):
         """Every temperature at which the loss will read the teacher."""
         return (1.0,)
 
+    def describe(self) -> str:
+        """What it minimises, in words, for the header of a run."""
+        settings = self.model_dump(mode="json", exclude={"kind"})
+        return ", ".join([self.kind, *(f"{name} {value}" for name, value in settings.items())])
+
     def build(self) -> Loss:
         """The loss itself."""
         raise NotImplementedError

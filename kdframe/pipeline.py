@@ -19,7 +19,7 @@ import numpy as np
 
 from kdframe import caching, checks, data, durable, evaluation, exporting, models, tokenizers
 from kdframe import training as loop
-from kdframe.errors import InputError
+from kdframe.errors import InputError, Interrupted
 from kdframe.experiment import Experiment, Student
 from kdframe.materials import Materials
 from kdframe.model_card import model_card
@@ -70,11 +70,10 @@ def run(experiment: Experiment, where: Where | None = None) -> Outcome:
     """
     where = where or Where()
     with _opened(experiment, where) as stages:
-        if stages.folder.manifest["status"] == "done":
+        if stages.complete():
             where.progress.say(f"{stages.folder.path}: everything is done")
         else:
             _whole_way(stages)
-            stages.folder.note(status="done")
         return _outcome(stages.folder)
 
 
@@ -100,7 +99,7 @@ def evaluate(experiment: Experiment, where: Where) -> Outcome:
 def fill_cache(experiment: Experiment, where: Where) -> tuple[dict[str, float], dict[str, Any]]:
     """Fill the cache outside a run: what was computed, and what it holds."""
     materials = Materials(experiment, where.caches, where.progress)
-    did = _fill(materials)
+    did = _fill(materials, where)
     return did, _info(materials)
 
 
@@ -115,17 +114,22 @@ def verify_cache(experiment: Experiment, where: Where, *, repair: bool) -> tuple
     rows, bad = materials.store.cache.verify()
     if bad and repair:
         materials.store.cache.drop(bad)
-        _fill(materials)
+        _fill(materials, where)
     return rows, bad
 
 
-def _fill(materials: Materials) -> dict[str, float]:
+def _fill(materials: Materials, where: Where) -> dict[str, float]:
+    def leave_if_asked() -> None:
+        if where.stop():
+            raise Interrupted("stopped while the teacher reads; run it again to go on")
+
     return caching.fill(
         materials.store,
         [materials.dataset.train, *materials.held_out.values()],
         lambda: materials.teacher,
         batch_tokens=materials.experiment.evaluation.batch_tokens,
         progress=materials.progress,
+        on_commit=leave_if_asked,
     )
 
 
@@ -155,7 +159,11 @@ def _whole_way(stages: Stages) -> None:
         stages.train()
         stages.evaluate("student")
         stages.export()
+        stages.folder.note(status="done")
         status = "done"
+    except (Interrupted, KeyboardInterrupt):
+        status = "interrupted"
+        raise
     finally:
         tell("kdframe_run_finished", run=stages.folder.path, status=status)
 
@@ -193,12 +201,22 @@ class Stages:
             )
         self.folder.note(data=content)
 
+    def complete(self) -> bool:
+        """Whether the whole way is done, and what it made is still there."""
+        made = [
+            "student",
+            "evaluation.json",
+            *(f"exports/{c.kind}" for c in self.experiment.export),
+        ]
+        there = all((self.folder.path / name).exists() for name in made)
+        return there and self.folder.manifest["status"] == "done"
+
     # ------------------------------------------------------------------------------- stages
     def cache(self) -> dict[str, float]:
         """Have the teacher read every row that the cache does not hold."""
         dataset = self.materials.dataset
         self.folder.note(counts={name: c.plain() for name, c in dataset.counts.items()})
-        did = _fill(self.materials)
+        did = _fill(self.materials, self.where)
         info = _info(self.materials)
         self.folder.note(cache={"folder": info["folder"], "bytes": info["bytes"]})
         if did["rows"] or self.folder.done("cache") is None:
@@ -260,10 +278,12 @@ class Stages:
         student = self.folder.path / "student"
         context = self._export_context()
         durable.write_text(student / "README.md", context.card)
-        wanted = [c for c in self.experiment.export if self.folder.done(f"export {c.kind}") is None]
-        began = time.monotonic()
-        for config in wanted:
-            out = self.folder.path / "exports"
+        out = self.folder.path / "exports"
+        durable.remove_leftovers(out)
+        for config in self.experiment.export:
+            if self.folder.done(f"export {config.kind}") and (out / config.kind).exists():
+                continue
+            began = time.monotonic()
             reports = exporting.export(student, [config], out, context, self.progress)
             note = exporting.plain(reports[0])
             self.folder.finish(f"export {config.kind}", note, time.monotonic() - began)
@@ -294,7 +314,12 @@ class Stages:
             )
             with durable.folder(start) as aside:
                 models.save(cut, self.materials.tokenizer, aside)
-        given = Student(model=str(start), lora=student.lora, dtype=student.dtype)
+        given = Student(
+            model=str(start),
+            lora=student.lora,
+            dtype=student.dtype,
+            trust_remote_code=teacher.trust_remote_code,
+        )
         return load(given, teacher_model=None)
 
     def _packing(self, student: Any) -> int | None:
@@ -324,8 +349,9 @@ class Stages:
 
     def _export_context(self) -> ExportContext:
         figures = json.loads((self.folder.path / "evaluation.json").read_text(encoding="utf-8"))
-        rows = self.materials.dataset.validation
-        probe = [rows.row(i)[:PROBE_TOKENS].tolist() for i in range(min(PROBE_ROWS, len(rows)))]
+        sets = [*self.materials.held_out.values(), self.materials.dataset.train]
+        rows = next(rows for rows in sets if len(rows))
+        probe = [rows.row(i)[:PROBE_TOKENS].tolist() for i in range(len(rows))[:PROBE_ROWS]]
         facts = _facts(self.experiment)
         return ExportContext(
             card=model_card(facts, figures),

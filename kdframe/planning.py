@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from kdframe.losses import StudentWithLoss
 from kdframe.materials import Materials
 from kdframe.output_layer import Halves
 from kdframe.plugins import installed
-from kdframe.targets import resized
+from kdframe.progress import Quiet
+from kdframe.teacher_cache import TeacherCache, open_cache
 
 SAMPLE_TOKENS = 1024
 
@@ -65,78 +68,112 @@ class Check:
 
 
 def measure(materials: Materials) -> Check:
-    """Run a sample of the training rows through teacher and student, and reckon from it.
+    """Run a sample of the rows through teacher and student, and reckon from it.
 
     Raises:
         InputError: tokenizers that differ, unreadable rows, a model that cannot be loaded.
     """
-    experiment = materials.experiment
     dataset = materials.dataset
-    sample = _sample(dataset.train)
-    teacher = Halves(materials.teacher)
-    codec = experiment.cache.codec.build(teacher.vocab_size)
-    requests = [sample.request(i) for i in range(len(sample))]
-    records: list[Any] = []
-    rows = [sample.row(i) for i in range(len(sample))]
-    capture = _seconds(lambda: records.extend(caching.capture(teacher, codec, rows, requests)))
-    step = _seconds(lambda: _train_on(materials, sample, np.concatenate(records)))
-    tokens = int(sample.lengths.sum())
-    estimate = _reckon(materials, capture / tokens, step / tokens, tokens)
+    read = _sample([dataset.train, *materials.held_out.values()], taught=True)
+    trained = _sample([dataset.train], taught=True) or _sample([dataset.train], taught=False)
+    if read:
+        _ = materials.teacher  # loading it is no part of the pace
+    with tempfile.TemporaryDirectory(prefix="kdframe-") as scratch:
+        store = _scratch_store(materials, Path(scratch))
+        empty = store.cache.info()["bytes"]
+        did = caching.fill(
+            store,
+            read,
+            lambda: materials.teacher,
+            batch_tokens=materials.experiment.evaluation.batch_tokens,
+            progress=Quiet(),
+        )
+        info = store.cache.info()
+        seconds = _seconds(lambda: _train_on(materials, trained[0], store))
+    tokens = int(trained[0].lengths.sum())
+    pace = Pace(
+        capture=did["seconds"] / max(1, did["tokens"]),
+        train=seconds / tokens,
+        empty_bytes=empty,
+        position_bytes=(info["bytes"] - empty) / max(1, info["positions"]),
+    )
+    estimate = _reckon(materials, pace, tokens)
     return Check(_room(materials, estimate), estimate)
 
 
-def _sample(rows: TokenRows) -> TokenRows:
-    """The first rows up to the sample's size (at least one)."""
-    many = int(np.searchsorted(np.cumsum(rows.lengths), SAMPLE_TOKENS)) + 1
-    return rows.select(np.arange(min(many, len(rows))))
+@dataclass(frozen=True)
+class Pace:
+    """What the sample showed: seconds of a token, and bytes of the cache, empty and a position."""
+
+    capture: float
+    train: float
+    empty_bytes: int
+    position_bytes: float
 
 
-def _train_on(materials: Materials, sample: TokenRows, records: Any) -> None:
-    """One forward and backward pass of the student on the sample."""
+def _sample(sets: Sequence[TokenRows], *, taught: bool) -> list[TokenRows]:
+    """The first different rows of each set, until they have the sample's size together."""
+    found: list[TokenRows] = []
+    left = SAMPLE_TOKENS
+    for rows in sets:
+        first = {rows.key(int(i)): int(i) for i in np.flatnonzero(rows.taught == taught)[::-1]}
+        chosen = sorted(first.values())
+        many = int(np.searchsorted(np.cumsum(rows.lengths[chosen]), left)) + 1
+        if chosen and left > 0:
+            found.append(rows.select(chosen[:many]))
+            left -= int(found[-1].lengths.sum())
+    return found
+
+
+def _scratch_store(materials: Materials, folder: Path) -> TeacherCache:
+    """A cache of the experiment's kind and codec, away from the real one."""
+    cache = materials.experiment.cache
+    return open_cache(
+        type(cache)(kind=cache.kind, codec=cache.codec),
+        {"sample": "yes"},
+        materials.teacher_rows,
+        folder,
+    )
+
+
+def _train_on(materials: Materials, sample: TokenRows, store: TeacherCache) -> None:
+    """Forward and backward passes of the student over the sample, a micro-batch at a time."""
     experiment = materials.experiment
-    codec = experiment.cache.codec.build(materials.teacher_rows)
     student = models.load_student(
         experiment.student,
         teacher=experiment.teacher,
-        teacher_model=materials.teacher,
+        teacher_model=None if experiment.student.from_teacher is None else materials.teacher,
         device=materials.device,
         seed=experiment.training.seed,
     )
     halves = Halves(models.causal_lm(student))
     module = StudentWithLoss(student, halves, experiment.loss.build())
-    batch = tuple((i,) for i in range(len(sample)))
-    one = batching.collate(sample, batch, pad_id=materials.pad_id)
-    targets = resized(codec.decode(records), halves.vocab_size)
-    to = materials.device
-    inputs = {
-        "input_ids": torch.from_numpy(one.input_ids).to(to),
-        "attention_mask": torch.from_numpy(one.attention_mask).to(to),
-    }
-    labels = torch.from_numpy(one.labels).to(to)
-    positions = torch.from_numpy(one.counted).to(to)
-    taught = torch.ones_like(labels, dtype=torch.bool)
-    module(inputs, positions, labels, taught, targets.to(to)).total.backward()
+    size, to = experiment.training.batch_size, materials.device
+    for batch in batching.batches(sample, np.arange(len(sample)), batch_size=size, seed=0, epoch=0):
+        one = batching.collate(sample, batch, pad_id=materials.pad_id)
+        requests = [sample.request(i) for i in one.rows if sample.taught[i]]
+        targets = store.targets(requests, halves.vocab_size)
+        inputs = {
+            "input_ids": torch.from_numpy(one.input_ids).to(to),
+            "attention_mask": torch.from_numpy(one.attention_mask).to(to),
+        }
+        places = (torch.from_numpy(x).to(to) for x in (one.counted, one.labels, one.taught))
+        module(inputs, *places, None if targets is None else targets.to(to)).total.backward()
 
 
-def _reckon(materials: Materials, capture: float, train: float, sample: int) -> Estimate:
-    """`capture` and `train` are seconds per token."""
+def _reckon(materials: Materials, pace: Pace, sample: int) -> Estimate:
     experiment, dataset = materials.experiment, materials.dataset
-    held_out = [dataset.validation, *dataset.test.values()]
+    sets = [dataset.train, *materials.held_out.values()]
     tokens = int(dataset.train.lengths.sum())
-    held = sum(int(rows.lengths.sum()) for rows in held_out)
-    positions = sum(
-        len(rows.positions(int(i)))
-        for rows in (dataset.train, *held_out)
-        for i in np.flatnonzero(rows.taught)
-    )
+    held = sum(int(rows.lengths.sum()) for rows in sets[1:])
     evaluators = len(experiment.evaluation.evaluators)
-    forward = train / 3  # a backward pass costs about two forward passes
+    forward = pace.train / 3  # a backward pass costs about two forward passes
     seconds = (
-        (tokens + held) * capture
-        + tokens * experiment.training.epochs * train
-        + held * (capture + 2 * evaluators * forward)
+        (tokens + held) * pace.capture
+        + _trained_tokens(experiment, dataset.train) * pace.train
+        + held * (pace.capture + 2 * evaluators * forward)
     )
-    sizes = _sizes(experiment, positions, materials.teacher_rows)
+    sizes = _sizes(materials, pace, _positions(sets))
     return Estimate(
         tokens=tokens,
         sample_tokens=sample,
@@ -147,11 +184,39 @@ def _reckon(materials: Materials, capture: float, train: float, sample: int) -> 
     )
 
 
-def _sizes(experiment: Experiment, positions: int, vocab_size: int) -> dict[str, int]:
+def _trained_tokens(experiment: Experiment, rows: TokenRows) -> float:
+    """Tokens that the student sees in all its steps."""
+    training = experiment.training
+    tokens = training.epochs * float((rows.lengths * rows.weights).sum())
+    if training.max_steps is None:
+        return tokens
+    # A packed sequence is taken for a full one.
+    row = experiment.data.max_length if experiment.data.packing else float(rows.lengths.mean())
+    step = training.batch_size * training.gradient_accumulation_steps * row
+    return min(tokens, training.max_steps * step)
+
+
+def _positions(sets: Sequence[TokenRows]) -> int:
+    """Positions that the teacher reads; a row that stands in the data twice is read once."""
+    read = {
+        rows.key(int(i)): len(rows.positions(int(i)))
+        for rows in sets
+        for i in np.flatnonzero(rows.taught)
+    }
+    return sum(read.values())
+
+
+def _sizes(materials: Materials, pace: Pace, positions: int) -> dict[str, int]:
     """Cache size with the experiment's codec, and with the defaults of every other one."""
+    own, rows = materials.experiment.cache.codec, materials.teacher_rows
+    record = own.record_bytes(rows)
+    beside = max(0.0, pace.position_bytes - record)  # index and checksums
     codecs = {kind: found.part() for kind, found in installed().kinds["codec"].items()}  # type: ignore[call-arg]
-    codecs[experiment.cache.codec.kind] = experiment.cache.codec
-    return {kind: positions * codec.record_bytes(vocab_size) for kind, codec in codecs.items()}  # type: ignore[attr-defined]
+    codecs[own.kind] = own
+    return {
+        kind: round(pace.empty_bytes + positions * (codec.record_bytes(rows) + beside))  # type: ignore[attr-defined]
+        for kind, codec in codecs.items()
+    }
 
 
 def _room(materials: Materials, estimate: Estimate) -> list[Guard]:

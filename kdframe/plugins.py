@@ -53,10 +53,18 @@ class Kind:
     @property
     def unavailable(self) -> str:
         """Why it cannot run here, with the remedy; empty if it can."""
-        absent = [name for name in self.part.requires if importlib.util.find_spec(name) is None]
+        absent = [name for name in self.part.requires if not _importable(name)]
         if not absent:
             return ""
         return f"needs {', '.join(absent)}: {self.part.install or 'pip install ' + absent[0]}"
+
+
+def _importable(name: str) -> bool:
+    """Whether a module is there; it is not run."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):  # its package is missing, or half there
+        return False
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,17 @@ class Plugins:
                 f"a {slot} is written as its kind, or as settings with a `kind`; "
                 f"installed: {self._names(slot)}"
             )
-        found = self.kinds.get(slot, {}).get(value["kind"])
-        if found is None:
-            raise ValueError(self._not_installed(slot, value["kind"]))
-        if found.unavailable:
-            raise ValueError(f"{slot} {found.kind!r} {found.unavailable}")
+        if absence := self.absence(slot, value["kind"]):
+            raise ValueError(absence)
+        found = self.kinds[slot][value["kind"]]
         return found.part.model_validate(dict(value), context=context)
+
+    def absence(self, slot: str, kind: str) -> str:
+        """Why a part cannot be used, with what is installed and the remedy; empty if it can."""
+        found = self.kinds.get(slot, {}).get(kind)
+        if found is None:
+            return self._not_installed(slot, kind)
+        return f"{slot} {kind!r} {found.unavailable}" if found.unavailable else ""
 
     def notify(self, hook: str, **event: Any) -> list[str]:
         """Tell every observer; returns a line for each that raised (it is dropped)."""
@@ -122,9 +135,11 @@ class Plugins:
         near = difflib.get_close_matches(kind, self.kinds.get(slot, {}), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         broken = "".join(f"; plugin {p} is broken: {p.broken}" for p in self.found if p.broken)
+        only = os.environ.get("KDFRAME_PLUGINS")
+        left_out = "" if only is None else f" (only KDFRAME_PLUGINS={only!r} is loaded)"
         return (
             f"no {slot} of kind {kind!r} is installed (installed: {self._names(slot)}){hint}; "
-            f"`pip install` the package that brings it{broken}"
+            f"`pip install` the package that brings it{left_out}{broken}"
         )
 
 

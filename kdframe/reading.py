@@ -5,9 +5,11 @@ YAML is read by ruamel (YAML 1.2: `1e-5` is a number, a duplicate key is an erro
 
 from __future__ import annotations
 
-import difflib
+import copy
 import importlib.util
 import json
+import re
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -16,16 +18,22 @@ from typing import Any
 import pydantic
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from kdframe import template
-from kdframe.errors import InputError
-from kdframe.experiment import Experiment, set_path
-from kdframe.parts import Part
+from kdframe import suggesting, template
+from kdframe.errors import InputError, KdframeError
+from kdframe.experiment import Evaluation, Experiment, set_path
 from kdframe.plugins import installed
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000
+_MESSAGES = {
+    "tuple_type": "must be a list",
+    "model_type": "must be a section of settings",
+    "mapping_type": "must be a section of settings",
+}
+_SHOWN = 80  # characters of a wrong value in a message
+_NAME_RULE = "letters, digits, '.', '_' and '-' only, a letter or digit first, 100 at most"
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), *, name: str | None = None) -> Experiment:
@@ -40,23 +48,25 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, name: str | None = 
         InputError: every fault of the file and the overrides, one line each.
     """
     path = Path(path)
-    origin: dict[str, str] = {}
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    _require_file(path)
+    faults: Sequence[str] = ()
     if path.suffix == ".py":
         plain: dict[str, Any] = _from_python(path).plain()
         place = _Places(path, None, {})
     else:
         document = _parse(path)
-        plain = json.loads(json.dumps(document))
+        plain = _plain(path, document)
+        origin: Mapping[str, str] = {}
         if template.is_template(plain):
-            plain, origin = _translate(path, document, plain)
-        plain.setdefault("name", path.stem)
+            plain, origin, faults = template.translate(plain, name=_name(path))
+        plain.setdefault("name", _name(path))
         place = _Places(path, document, origin)
-    changed = _override(plain, overrides)
+    base = path.resolve().parent
+    changed = _override(plain, overrides, base)
     if name is not None:
         plain["name"] = name
-    return _validate(plain, place, changed, path.resolve().parent)
+        changed["name"] = f"--name {name!r}"
+    return _validate(plain, place, changed, base, [place.of_key(fault) for fault in faults])
 
 
 def from_plain(plain: Mapping[str, Any], *, base: Path | None = None) -> Experiment:
@@ -65,7 +75,7 @@ def from_plain(plain: Mapping[str, Any], *, base: Path | None = None) -> Experim
     Raises:
         InputError: every fault, one line each.
     """
-    return _validate(dict(plain), _Places(Path("experiment"), None, {}), set(), base)
+    return _validate(dict(plain), _Places(None, None, {}), {}, base)
 
 
 def dump(experiment: Experiment) -> str:
@@ -77,10 +87,24 @@ def dump(experiment: Experiment) -> str:
     return text.getvalue()
 
 
+def _require_file(path: Path) -> None:
+    if path.is_dir():
+        inside = sorted(path.glob("*.y*ml"))[:3]
+        hint = f"; did you mean {' or '.join(map(str, inside))}?" if inside else ""
+        raise InputError(f"{path}: is a folder; name the experiment's file{hint}")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+
+
+def _name(path: Path) -> str:
+    """A run's name made of a file's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-") or "experiment"
+
+
 class _Places:
     """Where in the file a dotted path stands."""
 
-    def __init__(self, path: Path, document: Any, origin: Mapping[str, str]) -> None:
+    def __init__(self, path: Path | None, document: Any, origin: Mapping[str, str]) -> None:
         self.path = path
         self.document = document
         self.origin = origin
@@ -89,8 +113,17 @@ class _Places:
         """`file:line:col path`, as near as the file knows."""
         dotted = ".".join(str(part) for part in location)
         wanted = self.origin.get(dotted, dotted)
-        line = _line(self.document, self._in_document(location, wanted))
-        return f"{self.path}:{line} {wanted}".rstrip() if line else f"{self.path}: {wanted}"
+        return self._written(wanted, self._in_document(location, wanted))
+
+    def of_key(self, fault: str) -> str:
+        """A fault that begins with a key of the template, with its line."""
+        key, _, message = fault.partition(": ")
+        return f"{self._written(key, _find(self.document, key))}: {message}"
+
+    def _written(self, wanted: str, location: Sequence[int | str]) -> str:
+        line = _line(self.document, location)
+        place = f"{self.path}:{line} " if line else f"{self.path}: " if self.path else ""
+        return f"{place}{wanted}".rstrip().removesuffix(":")
 
     def _in_document(self, location: Sequence[int | str], wanted: str) -> Sequence[int | str]:
         return _find(self.document, wanted) if self.origin else location
@@ -126,17 +159,24 @@ def _parse(path: Path) -> Any:
             f"{path}: larger than {MAX_BYTES:,} bytes; an experiment is a page of YAML"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-        document = YAML(typ="rt").load(text)
+        document = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+        nodes = _nodes(document, 0)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise InputError(f"{where}: {' '.join(str(error.problem).split())}") from error
-    except (UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from error
+        raise InputError(f"{where}: {_reason(error)}") from error
+    except (YAMLError, ValueError) as error:
+        raise InputError(f"{path}: not YAML: {_reason(error)}") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{path}: nested too deeply for an experiment, or holds itself through an alias"
+        ) from error
     if not isinstance(document, Mapping):
-        raise InputError(f"{path}: an experiment is a mapping of settings")
-    if _nodes(document, 0) > MAX_NODES:
+        raise InputError(
+            f"{path}: an experiment is a mapping of settings (`teacher: ...`, `student: ...`, "
+            "`data: ...`); `kdframe schema` lists them"
+        )
+    if nodes > MAX_NODES:
         raise InputError(f"{path}: more than {MAX_NODES:,} values once its aliases are followed")
     return document
 
@@ -154,18 +194,23 @@ def _nodes(value: Any, seen: int) -> int:
     return seen
 
 
-def _translate(
-    path: Path, document: Any, plain: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _reason(error: Exception) -> str:
+    """What a YAML error says, in one line."""
+    text = error.problem if isinstance(error, MarkedYAMLError) else str(error)
+    return " ".join(str(text).split())
+
+
+def _plain(path: Path, document: Any) -> dict[str, Any]:
+    """The document as plain data; dates stay as they are written."""
     try:
-        return template.translate(plain, name=path.stem)
-    except InputError as error:
-        lines = []
-        for fault in error.faults:
-            key = fault.split(":", 1)[0]
-            line = _line(document, _find(document, key))
-            lines.append(f"{path}:{line} {fault}" if line else f"{path}: {fault}")
-        raise InputError(*lines) from error
+        whole: dict[str, Any] = json.loads(json.dumps(document, default=_as_text))
+    except TypeError as error:
+        raise InputError(f"{path}: a setting's name must be a word ({error})") from error
+    return whole
+
+
+def _as_text(value: Any) -> str:
+    return str(value.isoformat() if hasattr(value, "isoformat") else value)
 
 
 def _from_python(path: Path) -> Experiment:
@@ -177,36 +222,88 @@ def _from_python(path: Path) -> Experiment:
         spec.loader.exec_module(module)
     except pydantic.ValidationError as error:
         place = _Places(path, None, {})
-        raise InputError(*(_fault(detail, place, set()) for detail in error.errors())) from error
+        raise InputError(*(_fault(detail, place, {}) for detail in error.errors())) from error
+    except KdframeError:
+        raise
+    except Exception as error:  # the user's own code
+        raise InputError(f"{_last_line(path, error)}: {type(error).__name__}: {error}") from error
     experiment = getattr(module, "experiment", None)
     if not isinstance(experiment, Experiment):
         raise InputError(f"{path}: must define `experiment`, a kdframe.Experiment")
     return experiment
 
 
-def _override(plain: dict[str, Any], overrides: Iterable[str]) -> set[str]:
-    changed = set()
+def _last_line(path: Path, error: Exception) -> str:
+    """`file:line`, the deepest line of the user's file that led to the error."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _override(plain: dict[str, Any], overrides: Iterable[str], base: Path) -> dict[str, str]:
+    """Set the overrides; returns how each changed path was written."""
+    changed = {}
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise InputError(f"{override!r}: an override is written as dotted.path=value")
         try:
-            set_path(plain, path, YAML(typ="safe").load(text))
-        except (MarkedYAMLError, AttributeError, IndexError, ValueError) as error:
-            raise InputError(f"{override!r}: cannot be set: {error}") from error
-        changed.add(path)
+            value = YAML(typ="safe").load(text)
+        except YAMLError as error:
+            raise InputError(f"{override!r}: the value is not YAML: {_reason(error)}") from error
+        try:
+            _unfold(plain, _resolved(plain, base), path.split(".")[:-1])
+            set_path(plain, path, value)
+        except (AttributeError, IndexError, ValueError) as error:
+            raise InputError(
+                f"{override!r}: a part of the path is a list; name one of its entries by its "
+                "number, from 0 (as in data.train.0.limit=100)"
+            ) from error
+        changed[path] = f"{path}={value!r}"
     return changed
 
 
+def _resolved(plain: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The experiment with its defaults; empty if it is not valid by itself."""
+    try:
+        return Experiment.model_validate(_split_available(plain), context={"base": base}).plain()
+    except pydantic.ValidationError:
+        return {}
+
+
+def _unfold(plain: Any, whole: Any, parents: Sequence[str]) -> None:
+    """Write out the sections above an override that are short (a path, a kind) or left out."""
+    for name in parents:
+        key: Any = int(name) if isinstance(whole, list) and name.isdigit() else name
+        try:
+            whole = whole[key]
+        except (KeyError, IndexError, TypeError):
+            return
+        there = plain[key] if isinstance(plain, list) else plain.get(key)
+        if type(there) is not type(whole):
+            plain[key] = copy.deepcopy(whole)
+        plain = plain[key]
+
+
 def _validate(
-    plain: dict[str, Any], place: _Places, changed: set[str], base: Path | None
+    plain: dict[str, Any],
+    place: _Places,
+    changed: Mapping[str, str],
+    base: Path | None,
+    faults: Sequence[str] = (),
 ) -> Experiment:
+    """`faults` are those that the file is already known to have."""
     plain = _split_available(plain)
     try:
-        return Experiment.model_validate(plain, context={"base": base} if base else None)
+        experiment = Experiment.model_validate(plain, context={"base": base} if base else None)
     except pydantic.ValidationError as error:
-        faults = [_fault(detail, place, changed) for detail in error.errors()]
-        raise InputError(*faults) from error
+        found = [d for d in error.errors() if not (faults and d["type"] == "missing")]
+        raise InputError(*faults, *(_fault(d, place, changed) for d in found)) from error
+    if faults:
+        raise InputError(*faults)
+    return experiment
 
 
 def _split_available(plain: dict[str, Any]) -> dict[str, Any]:
@@ -215,72 +312,39 @@ def _split_available(plain: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(section, Mapping) or not isinstance(section.get("when_available"), list):
         return plain
     here = installed().kinds["evaluator"]
+    asked = section.get("evaluators", list(Evaluation.model_fields["evaluators"].default))
     wanted = section["when_available"]
+    if not isinstance(asked, list) or not all(isinstance(kind, str) for kind in wanted):
+        return plain
     usable = [kind for kind in wanted if kind in here and not here[kind].unavailable]
     if not usable:
         return plain
     split = dict(section)
-    split["evaluators"] = [*section.get("evaluators", []), *usable]
+    split["evaluators"] = [*asked, *(kind for kind in usable if kind not in asked)]
     split["when_available"] = [kind for kind in wanted if kind not in usable]
     return {**plain, "evaluation": split}
 
 
-def _fault(detail: ErrorDetails, place: _Places, changed: set[str]) -> str:
+def _fault(detail: ErrorDetails, place: _Places, changed: Mapping[str, str]) -> str:
     location = detail["loc"]
     dotted = ".".join(str(part) for part in location)
-    hint = _did_you_mean(location) if detail["type"] == "extra_forbidden" else ""
-    message = (
-        "there is no such setting"
-        if hint is not None and detail["type"] == ("extra_forbidden")
-        else detail["msg"].removeprefix("Value error, ")
-    )
-    where = f"{dotted}={detail['input']!r}" if dotted in changed else place.of(location)
-    given = (
-        ""
-        if detail["type"] in ("extra_forbidden", "missing", "value_error")
-        else (f" (given: {detail['input']!r})")
-    )
-    return f"{where}: {message}{given}{hint}"
+    above = [path for path in changed if f"{dotted}.".startswith(f"{path}.")]
+    where = changed[above[-1]] if above else place.of(location)
+    if above and dotted != above[-1]:
+        where += f" {dotted}"
+    return ": ".join(part for part in (where, _message(detail)) if part)
 
 
-def _did_you_mean(location: Sequence[int | str]) -> str:
-    """The nearest names of the section in which an unknown key stands."""
-    names = _settings(location[:-1])
-    near = difflib.get_close_matches(str(location[-1]), names, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; there are: {', '.join(sorted(names))}" if names else ""
-
-
-def _settings(location: Sequence[int | str]) -> set[str]:
-    """Names of the settings at a location; where plugins stand, those of every kind."""
-    models: list[type[pydantic.BaseModel]] = [Experiment]
-    for part in location:
-        if isinstance(part, int):
-            continue
-        models = [below for model in models for below in _below(model, part)]
-    return {name for model in models for name in model.model_fields}
-
-
-def _below(model: type[pydantic.BaseModel], name: str) -> list[type[pydantic.BaseModel]]:
-    info = model.model_fields.get(name)
-    if info is None:
-        return []
-    found: list[type[pydantic.BaseModel]] = []
-    _collect(info.annotation, found)
-    parts: list[type[pydantic.BaseModel]] = [
-        kind.part
-        for base in found
-        if issubclass(base, Part)
-        for kinds in installed().kinds.values()
-        for kind in kinds.values()
-        if issubclass(kind.part, base)
-    ]
-    return parts or found
-
-
-def _collect(annotation: Any, found: list[type[pydantic.BaseModel]]) -> None:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        found.append(annotation)
-    for argument in getattr(annotation, "__args__", ()):
-        _collect(argument, found)
+def _message(detail: ErrorDetails) -> str:
+    """What is wrong, in our words where pydantic's would puzzle."""
+    kind, location = detail["type"], detail["loc"]
+    if kind == "extra_forbidden":
+        return f"there is no such setting{suggesting.did_you_mean(location)}"
+    if kind == "missing":
+        return "is missing; it must be given"
+    if kind == "value_error":
+        return detail["msg"].removeprefix("Value error, ")
+    message = _NAME_RULE if location == ("name",) else _MESSAGES.get(kind, detail["msg"])
+    given = repr(detail["input"])
+    shown = given if len(given) <= _SHOWN else given[: _SHOWN - 3] + "..."
+    return f"{message} (given: {shown})"

@@ -6,10 +6,9 @@ empty at the top level.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
-
-from kdframe.errors import InputError
 
 ROOT = "distillation_config"
 _SECTIONS = ("hyperparameters", "data", "training", "evaluation")
@@ -32,6 +31,7 @@ _PLACES: Mapping[str, str] = {
     "eval_steps": "training.eval_steps",
     "early_stopping_patience": "training.early_stopping_patience",
 }
+_REQUIRED = ("teacher_model", "student_model", "dataset_path")
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw")
 
 
@@ -40,27 +40,25 @@ def is_template(plain: Mapping[str, Any]) -> bool:
     return ROOT in plain
 
 
-def translate(plain: Mapping[str, Any], *, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+def translate(
+    plain: Mapping[str, Any], *, name: str
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """The template as an experiment's plain data.
 
     Returns:
-        the experiment, and for each of its dotted paths the template's key (for messages).
-
-    Raises:
-        InputError: a key that the template does not have, both precisions, another optimiser.
+        the experiment; for each of its dotted paths the template's key (for messages); and the
+        faults that only the template can have, each beginning with its key: an unknown or a
+        missing key, one given twice, both precisions, another optimiser.
     """
-    flat = _flatten(plain)
+    flat, faults = _flatten(plain)
     experiment: dict[str, Any] = {
         "name": name,
         "cache": {"kind": "mmap"},
         "loss": {"kind": "logit_kd"},
     }
     origin: dict[str, str] = {}
-    faults = [
-        f"{key}: the {ROOT} template has no such key (it has: {', '.join(sorted(_known()))})"
-        for key in flat
-        if key not in _known()
-    ]
+    faults += [_unknown(key) for key in flat if key not in _known()]
+    faults += [f"{key}: is missing; it must be given" for key in _REQUIRED if key not in flat]
     for key, path in _PLACES.items():
         if key in flat:
             _put(experiment, path, flat[key])
@@ -69,24 +67,37 @@ def translate(plain: Mapping[str, Any], *, name: str) -> tuple[dict[str, Any], d
         experiment["cache"]["codec"]["kind"] = "dense"
     faults += _precision(flat, experiment)
     faults += _optimizer(flat)
-    _metrics(flat, experiment)
-    if faults:
-        raise InputError(*faults)
-    return experiment, origin
+    _metrics(flat, experiment, origin)
+    return experiment, origin, faults
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, _known(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(_known()))}"
+    return f"{key}: the {ROOT} template has no such key; {hint}"
 
 
 def _known() -> set[str]:
     return {*_PLACES, "optimizer", "fp16", "bf16", "metrics"}
 
 
-def _flatten(plain: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(plain: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """All keys in one mapping, and a fault for each that is hidden."""
     flat: dict[str, Any] = {}
+    faults = []
     for key, value in plain.items():
-        if key == ROOT or key in _SECTIONS:
-            flat.update(_flatten(value) if isinstance(value, Mapping) else {})
+        if key != ROOT and key not in _SECTIONS:
+            inside: Mapping[str, Any] = {key: value}
+        elif isinstance(value, Mapping):
+            inside, more = _flatten(value)
+            faults += more
         else:
-            flat[key] = value
-    return flat
+            inside = {}
+            if value is not None:
+                faults.append(f"{key}: is a section, not a value ({value!r}); write its keys below")
+        faults += [f"{name}: is given twice; keep one" for name in inside if name in flat]
+        flat.update(inside)
+    return flat, faults
 
 
 def _put(plain: dict[str, Any], path: str, value: Any) -> None:
@@ -117,7 +128,8 @@ def _optimizer(flat: Mapping[str, Any]) -> list[str]:
     return [f"optimizer: {name!r} is not there; kdframe trains with {_OPTIMIZERS[0]!r}"]
 
 
-def _metrics(flat: Mapping[str, Any], experiment: dict[str, Any]) -> None:
+def _metrics(flat: Mapping[str, Any], experiment: dict[str, Any], origin: dict[str, str]) -> None:
     if "metrics" in flat:
         _put(experiment, "evaluation.evaluators", [])
         _put(experiment, "evaluation.when_available", flat["metrics"])
+        origin["evaluation.when_available"] = "metrics"

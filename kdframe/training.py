@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, get_scheduler
 
-from kdframe import batching, checkpoints, metrics, scoring
+from kdframe import batching, checkpoints, durable, metrics, scoring
 from kdframe.batching import Batch, Collated, TokenRows
 from kdframe.errors import InputError, Interrupted
 from kdframe.experiment import Training
@@ -35,6 +36,7 @@ from kdframe.runtime import Runtime
 from kdframe.targets import TeacherTargets
 from kdframe.teacher_cache import TeacherCache
 
+_SCHEDULES = {"constant": "constant_with_warmup"}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -104,6 +106,7 @@ def train(lesson: Lesson, runtime: Runtime, progress: Progress) -> Result:
     """Train the student in place; at the end it holds the best checkpoint's weights.
 
     Raises:
+        InputError: there is no step to take, or the loss is not a number.
         Interrupted: the carrier asked to stop; a checkpoint was written.
     """
     return _Loop(lesson, runtime, progress).run()
@@ -123,8 +126,13 @@ class _Loop:
         self.trained = {n: p for n, p in lesson.student.named_parameters() if p.requires_grad}
         self.optimizer = _optimizer(self.trained, settings)
         self.steps = plan_steps(lesson)
+        if not self.steps:
+            raise InputError(
+                "training: no row comes up; raise the `weight` of data.train's sources, or "
+                "training.epochs"
+            )
         self.scheduler = get_scheduler(
-            settings.scheduler,
+            _SCHEDULES.get(settings.scheduler, settings.scheduler),
             self.optimizer,
             num_warmup_steps=round(settings.warmup_ratio * len(self.steps)),
             num_training_steps=len(self.steps),
@@ -147,13 +155,14 @@ class _Loop:
                 line = self._one_step(self.steps[self.step])
                 bar.advance(1, f"loss {line['loss']:.3f}")
                 last = self.step == len(self.steps)
+                leave = self.runtime.should_stop()
                 if self.step % self.lesson.settings.eval_steps == 0 or last:
                     self._evaluate()
                     self._save()
                     stopped = self._out_of_patience()
-                elif self.runtime.should_stop():
+                elif leave:
                     self._save()
-                if not (stopped or last) and self.runtime.should_stop():
+                if leave and not (stopped or last):
                     raise Interrupted(f"stopped after step {self.step}; run it again to go on")
         self._restore_best()
         seconds = time.monotonic() - began
@@ -166,36 +175,50 @@ class _Loop:
             batching.collate(self.lesson.train, batch, pad_id=self.lesson.pad_id)
             for batch in micros
         ]
-        counted = float(self.runtime.sum(torch.tensor(float(sum(len(c.labels) for c in collated)))))
+        mine = sum(len(one.labels) for one in collated)
+        counted = float(self.runtime.sum(torch.tensor(mine, dtype=torch.float64)))
         sums: list[LossSums] = []
         for one in collated:
             with self._autocast():
                 loss = self._loss(one)
             torch.autograd.backward(self.scaler.scale(loss.total / counted))
             sums.append(loss)
-        self.scaler.unscale_(self.optimizer)
-        limit = self.lesson.settings.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), limit)
         rate = self.scheduler.get_last_lr()[0]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = self._update(sum(float(one.total.detach()) for one in sums))
         self.step += 1
         self.tokens += int(counted)
         line = self._means(sums, counted) | {
             "learning_rate": rate,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             "tokens": self.tokens,
             "tokens_per_second": counted / (time.monotonic() - began),
         }
         self._log(line)
-        if not math.isfinite(line["loss"]):
-            raise InputError(
-                f"step {self.step}: the loss is {line['loss']}; lower training.learning_rate, or "
-                "use training.precision=float32; the checkpoint before it is kept"
-            )
         return line
+
+    def _update(self, loss: float) -> float:
+        """Change the weights by the gradients; the gradients' norm.
+
+        Raises:
+            InputError: loss or gradients are not numbers; the weights are as they were.
+        """
+        self.scaler.unscale_(self.optimizer)
+        limit = self.lesson.settings.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), limit))
+        # With float16 the scaler skips a step whose scaled gradients overflow.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise InputError(
+                f"step {self.step + 1}: loss {loss}, norm of the gradient {norm}; lower "
+                "training.learning_rate, or use training.precision=float32; the last checkpoint "
+                "is kept"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        first = self.step == 0  # the scheduler would take a skipped step for a forgotten one
+        with warnings.catch_warnings(action="ignore") if first else nullcontext():
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _means(self, sums: Sequence[LossSums], counted: float) -> dict[str, Any]:
         """Nats per counted token, over all micro-batches and workers."""
@@ -285,14 +308,15 @@ class _Loop:
             "learning_rates": [group["lr"] for group in self.optimizer.param_groups],
             "scaler": self.scaler.state_dict(),
         }
-        before = [s for s in checkpoints.steps(self.checkpoints) if s < self.step][-1:]
-        saved = checkpoints.Checkpoint(self.step, self.trained, tensors, state)
-        folder = checkpoints.save(self.checkpoints, saved, keep={self.best.step, *before})
+        metrics.sync(self.metrics)
+        saved = checkpoints.Checkpoint(self.step, self.best.step, self.trained, tensors, state)
+        folder = checkpoints.save(self.checkpoints, saved)
         self.runtime.checkpointed(self.step, folder)
 
     def _resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        durable.remove_leftovers(self.checkpoints)
         found = checkpoints.latest(self.checkpoints, self.progress)
         metrics.cut_back(self.metrics, found.step if found else 0)
         if found is None:

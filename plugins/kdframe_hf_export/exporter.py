@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kdframe.api import ExportContext, ExportReport
 
 _TEXT = "0123456789 12.5 \n\n  two  spaces\ttab naïve café 日本語 🙂 <|endoftext|>"
 _LOWEST_AGREEMENT = {"float32": 1.0, "float16": 0.98, "bfloat16": 0.9}
+_FEW = 2  # tokens of a short probe that rounding may turn
 
 
 class HfExporter:
@@ -34,8 +36,7 @@ class HfExporter:
         tokens_equal = _same_tokens(tokenizer, AutoTokenizer.from_pretrained(out))
         metrics = _compare(original, again, context)
         files = sorted(path.name for path in out.iterdir())
-        agreement = metrics.get("top1", 1.0)
-        failed = agreement < _LOWEST_AGREEMENT[self.dtype] or not tokens_equal
+        failed = not (_agrees(metrics, self.dtype) and tokens_equal)
         return ExportReport(
             kind="hf",
             files=files,
@@ -44,7 +45,7 @@ class HfExporter:
             metrics=metrics,
             tokens_equal=tokens_equal,
             types={self.dtype: sum(1 for _ in again.parameters())},
-            reason=f"top-1 agreement {agreement:.4f}, tokens equal: {tokens_equal}"
+            reason=f"compared with the student: {metrics}, tokens equal: {tokens_equal}"
             if failed
             else "",
         )
@@ -62,11 +63,11 @@ def _compare(original: Any, again: Any, context: ExportContext) -> dict[str, flo
     """Top-1 agreement and KL(student || file), mean and 99th percentile, on the probe rows."""
     equal, kls = [], []
     for row in context.probe:
-        ids = torch.tensor([list(row)])
+        ids = torch.tensor([list(row)], device=original.device)
         log_p = torch.log_softmax(original(ids).logits[0].float(), dim=-1)
         log_q = torch.log_softmax(again(ids).logits[0].float(), dim=-1)
         equal.append((log_p.argmax(-1) == log_q.argmax(-1)).float())
-        kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        kls.append(torch.where(log_p.isneginf(), 0, log_p.exp() * (log_p - log_q)).sum(-1))
     if not equal:
         return {}
     kl = torch.cat(kls)
@@ -74,4 +75,15 @@ def _compare(original: Any, again: Any, context: ExportContext) -> dict[str, flo
         "top1": float(torch.cat(equal).mean()),
         "kl": float(kl.mean()),
         "kl_p99": float(kl.quantile(0.99)),
+        "tokens": float(len(kl)),
     }
+
+
+def _agrees(metrics: dict[str, float], dtype: str) -> bool:
+    """Whether the written weights behave like the student's, but for their rounding."""
+    if not metrics:
+        return True
+    wrong = (1 - metrics["top1"]) * metrics["tokens"]
+    allowed = (1 - _LOWEST_AGREEMENT[dtype]) * metrics["tokens"]
+    few = 0 if dtype == "float32" else _FEW
+    return math.isfinite(metrics["kl"]) and round(wrong) <= max(round(allowed), few)

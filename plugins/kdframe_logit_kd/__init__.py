@@ -26,6 +26,14 @@ class LogitKD(LossConfig):
         """The one temperature."""
         return (self.temperature,)
 
+    def describe(self) -> str:
+        """What alpha weighs, in words: other tools mean the opposite."""
+        return (
+            f"{self.kind}, alpha {self.alpha:g}: {100 * self.alpha:.4g} % hard labels, "
+            f"{100 * (1 - self.alpha):.4g} % the teacher's predictions at temperature "
+            f"{self.temperature:g} (some tools weigh the other way round)"
+        )
+
     def build(self) -> Loss:
         """The loss function."""
         from kdframe_logit_kd.loss import LogitKDLoss

@@ -42,6 +42,8 @@ def _truncated_kl(
     """KL over k + 1 outcomes: each kept id, and all the others as one."""
     log_p, log_p_tail = targets.at(temperature)
     log_q = logits.gather(-1, targets.ids) / temperature - log_z.unsqueeze(-1)
+    # An id that the teacher gives nothing is none of the kept: it may stand there twice.
+    log_q = log_q.masked_fill(log_p.isneginf(), -torch.inf)
     log_q_tail = torch.log1p(-log_q.exp().sum(-1).clamp(max=_ALMOST_ONE))
     return _kl(log_p, log_q).sum(-1) + _kl(log_p_tail, log_q_tail)
 

@@ -1,0 +1,5 @@
+"""`python -m kdframe` is the command `kdframe`."""
+
+from kdframe.cli import main
+
+main()
