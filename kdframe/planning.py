@@ -6,7 +6,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def measure(materials: Materials) -> Check:
             progress=Quiet(),
         )
         info = store.cache.info()
-        seconds = _seconds(lambda: _train_on(materials, trained[0], store))
+        seconds = _train_on(materials, trained[0], store)
     tokens = int(trained[0].lengths.sum())
     pace = Pace(
         capture=did["seconds"] / max(1, did["tokens"]),
@@ -136,8 +136,8 @@ def _scratch_store(materials: Materials, folder: Path) -> TeacherCache:
     )
 
 
-def _train_on(materials: Materials, sample: TokenRows, store: TeacherCache) -> None:
-    """Forward and backward passes of the student over the sample, a micro-batch at a time."""
+def _train_on(materials: Materials, sample: TokenRows, store: TeacherCache) -> float:
+    """Seconds of the student's forward and backward passes over the sample, by micro-batches."""
     experiment = materials.experiment
     student = models.load_student(
         experiment.student,
@@ -148,17 +148,28 @@ def _train_on(materials: Materials, sample: TokenRows, store: TeacherCache) -> N
     )
     halves = Halves(models.causal_lm(student))
     module = StudentWithLoss(student, halves, experiment.loss.build())
-    size, to = experiment.training.batch_size, materials.device
-    for batch in batching.batches(sample, np.arange(len(sample)), batch_size=size, seed=0, epoch=0):
+
+    def learn(batch: batching.Batch) -> None:
         one = batching.collate(sample, batch, pad_id=materials.pad_id)
         requests = [sample.request(i) for i in one.rows if sample.taught[i]]
         targets = store.targets(requests, halves.vocab_size)
-        inputs = {
-            "input_ids": torch.from_numpy(one.input_ids).to(to),
-            "attention_mask": torch.from_numpy(one.attention_mask).to(to),
-        }
+        inputs = {"input_ids": one.input_ids, "attention_mask": one.attention_mask}
+        to = materials.device
         places = (torch.from_numpy(x).to(to) for x in (one.counted, one.labels, one.taught))
-        module(inputs, *places, None if targets is None else targets.to(to)).total.backward()
+        module(
+            {name: torch.from_numpy(value).to(to) for name, value in inputs.items()},
+            *places,
+            None if targets is None else targets.to(to),
+        ).total.backward()
+
+    size = experiment.training.batch_size
+    order = np.arange(len(sample))
+    batches = batching.batches(sample, order, batch_size=size, seed=0, epoch=0)
+    learn(batches[0])  # the first pass takes memory that the others find
+    began = time.monotonic()
+    for batch in batches:
+        learn(batch)
+    return time.monotonic() - began
 
 
 def _reckon(materials: Materials, pace: Pace, sample: int) -> Estimate:
@@ -233,9 +244,3 @@ def _peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began

@@ -269,6 +269,18 @@ def test_so_is_one_that_names_no_rows(tmp_path, teacher, rows, batches):
     assert fill(store, [rows], teacher)["rows"] == 12
 
 
+def test_what_is_left_of_an_old_plan_is_done_in_its_batches(tmp_path, teacher, rows):
+    """Also where the data has grown since: the rows keep the company that they were planned in."""
+    store = store_at(tmp_path)
+    old = [[rows.key(i).hex() for i in batch] for batch in ((0, 5), (3,), (7, 1, 2))]
+    old_plan(store, old)
+    plans = []
+    plan = store.cache.folder / caching.PLAN
+    fill(store, [rows], teacher, on_commit=lambda: plans.append(json.loads(plan.read_text())))
+    assert plans[0]["batches"][:3] == old
+    assert store.missing([rows]) == []
+
+
 def test_an_old_plan_that_names_a_row_twice_computes_it_once(tmp_path, teacher, rows):
     store = store_at(tmp_path)
     old_plan(store, [[rows.key(0).hex()], [rows.key(0).hex()]])

@@ -1,5 +1,7 @@
 """Checkpoints: whole or named as damaged; the newest two and the best are kept."""
 
+import json
+
 import pytest
 import torch
 
@@ -71,6 +73,16 @@ def test_every_bit_of_the_list_of_sums_counts(tmp_path):
             )
             with pytest.raises(DamagedError, match="step-1"):
                 checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("file", FILES[:3])
+def test_a_list_of_sums_that_leaves_a_file_out_is_no_list(tmp_path, file):
+    folder = checkpoints.save(tmp_path, checkpoint(1))
+    sums = json.loads((folder / "complete.json").read_text("utf-8"))
+    del sums[file]
+    (folder / "complete.json").write_text(json.dumps(sums), "utf-8")
+    with pytest.raises(DamagedError, match=r"damaged: complete\.json"):
+        checkpoints.load(folder)
 
 
 @pytest.mark.parametrize("file", FILES)
