@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cli_kit import call
-from conftest import PROSE, make_llama
 from kdframe.template import is_template, translate
 from test_reading import TEMPLATE
+from tests.conftest import PROSE, make_llama
 
 SMALL = {
     "teacher_model": "a/b",
