@@ -11,10 +11,8 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -288,11 +286,3 @@ class Slot:
         """One alternative for every installed kind."""
         parts = [kind.part for kind in installed().kinds[self.slot].values()]
         return {"anyOf": [handler(part.__pydantic_core_schema__) for part in parts]}
-
-
-def source_file(plugin: Plugin) -> Path | None:
-    """The file that a plugin's entry point was loaded from, if it was."""
-    for point in importlib.metadata.entry_points(group=hooks.GROUP):
-        if point.name == plugin.name and (module := sys.modules.get(point.module)) is not None:
-            return Path(module.__file__) if module.__file__ else None
-    return None
