@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kdframe.parts import RowPositions
+from kdframe.cache_parts import RowPositions
 
 Batch = tuple[tuple[int, ...], ...]
 """Sequences of row indices: one row each, or several that are packed."""

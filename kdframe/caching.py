@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,20 @@ from numpy.typing import NDArray
 
 from kdframe import batching, durable
 from kdframe.batching import TokenRows
+from kdframe.cache_parts import Codec, RowPositions
 from kdframe.errors import InputError
-from kdframe.output_layer import Halves
-from kdframe.parts import Codec, RowPositions
+from kdframe.heads import TeacherOutputs
+from kdframe.left_out import LeftOut
+from kdframe.output_layer import Halves, OutputLayer
 from kdframe.progress import Progress
-from kdframe.teacher_cache import TeacherCache
+from kdframe.teacher_cache import FittedCodec, TeacherCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLAN = "plan.json"
+FIT_POSITIONS = 4096
+"""Positions that a codec is fitted on."""
 
 
 def fill(
@@ -40,6 +45,8 @@ def fill(
     on_commit: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Have the teacher read every row that is missing; the teacher is loaded only if one is.
+
+    A batch is written while the next one is computed.
 
     Returns:
         `rows`, `tokens` and `seconds` of what was computed now.
@@ -57,21 +64,85 @@ def fill(
     plan = _plan(store.cache.folder, missing, ids, batch_tokens)
     total = sum(len(ids[key]) for batch in plan for key in batch)
     began = time.monotonic()
-    model = teacher()
-    halves = Halves(model)
-    with progress.stage("cache", total, "tokens") as bar:
+    halves = Halves(teacher())
+    _fit(store, halves, missing, ids)
+    refused = Refusals(store)
+
+    def finish(batch: list[bytes], written: Future[None]) -> None:
+        written.result()
+        tokens = sum(len(ids[key]) for key in batch)
+        done["rows"] += len(batch)
+        done["tokens"] += tokens
+        bar.advance(tokens)
+        on_commit()
+
+    with progress.stage("cache", total, "tokens") as bar, ThreadPoolExecutor(1) as writer:
+        under_way: tuple[list[bytes], Future[None]] | None = None
         for batch in plan:
-            requests = [missing[key] for key in batch]
             rows = [ids[key] for key in batch]
-            store.cache.write(requests, capture(halves, store.codec, rows, requests))
-            tokens = sum(len(row) for row in rows)
-            done["rows"] += len(rows)
-            done["tokens"] += tokens
-            bar.advance(tokens)
-            on_commit()
+            found = capture(halves, store.codec, rows, [missing[k] for k in batch], refused)
+            if under_way is not None:
+                finish(*under_way)
+            under_way = batch, writer.submit(store.cache.write, *found)
+        if under_way is not None:
+            finish(*under_way)
     (store.cache.folder / PLAN).unlink(missing_ok=True)
+    refused.report(progress)
     done["seconds"] = time.monotonic() - began
     return done
+
+
+class Refusals:
+    """What is done with positions at which the teacher's outputs are no numbers."""
+
+    def __init__(self, store: TeacherCache) -> None:
+        self._store = store
+        self.found: dict[bytes, list[int]] = {}
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether numbers are looked for among the hidden states."""
+        return self._store.reads_hidden
+
+    def settle(
+        self, requests: Sequence[RowPositions], bad: NDArray[np.int64], values: Sequence[float]
+    ) -> list[RowPositions]:
+        """The rows without the bad positions, by the setting.
+
+        Args:
+            bad: indices into the positions of all rows, ascending; values: what was found there.
+
+        Raises:
+            InputError: the setting is `error`.
+        """
+        ends = np.cumsum([len(r.positions) for r in requests])
+        row_of = np.searchsorted(ends, bad, side="right")
+        settled = list(requests)
+        for i in np.unique(row_of).tolist():
+            key, positions = requests[i].key, requests[i].positions
+            which = bad[row_of == i] - (ends[i] - len(positions))
+            if self._store.not_numbers == "error":
+                raise InputError(
+                    f"row {key.hex()}: the teacher's logits at position "
+                    f"{int(positions[which[0]])} are not numbers (largest: {values[0]}); nothing "
+                    "of the row is stored; check the teacher's weights, use another "
+                    "`teacher.dtype`, or set cache.not_numbers to drop_row or mask_position"
+                )
+            self.found[key] = positions[which].tolist()
+            whole = self._store.not_numbers == "drop_row"
+            rest = positions[:0] if whole else np.delete(positions, which)
+            LeftOut(self._store.cache).add(key, None if whole else self.found[key])
+            settled[i] = RowPositions(key, rest)
+        return settled
+
+    def report(self, progress: Progress) -> None:
+        """Say what was left out."""
+        for key, positions in self.found.items():
+            what = "left out" if self._store.not_numbers == "drop_row" else "masked"
+            progress.say(
+                f"row {key.hex()}: the teacher's logits are not numbers at {len(positions)} "
+                f"positions (first: {positions[0]}); {what}"
+            )
 
 
 @torch.no_grad()
@@ -80,11 +151,53 @@ def capture(
     codec: Codec,
     rows: Sequence[NDArray[np.int32]],
     requests: Sequence[RowPositions],
-) -> list[NDArray[np.uint8]]:
-    """One forward pass of the teacher: records `[n_i, B]` for each row's positions.
+    refused: Refusals,
+) -> tuple[list[RowPositions], list[NDArray[np.uint8]]]:
+    """One forward pass of the teacher: the rows, and records `[n_i, B]` for their positions.
 
-    The output layer runs on the asked positions alone, in chunks.
+    The output layer runs on the asked positions alone, in chunks. Positions at which the outputs
+    are no numbers are gone from the rows, and so is a row of which nothing is left.
     """
+    states = _states(halves, rows, requests)
+    records = np.zeros((len(states), codec.record_bytes), np.uint8)
+    bad: list[NDArray[np.int64]] = []
+    values: list[float] = []
+    step = halves.chunk()
+    for start in range(0, len(states), step):
+        outputs = TeacherOutputs(states[start : start + step], halves.head)
+        strange, found = _not_numbers(outputs, refused.reads_hidden)
+        if not len(strange):
+            records[start : start + step] = codec.encode(outputs)
+            continue
+        bad.append(start + strange)
+        values += found
+        good = np.delete(np.arange(len(outputs)), strange)
+        if len(good):
+            some = outputs.hidden[torch.from_numpy(good).to(states.device)]
+            records[start + good] = codec.encode(TeacherOutputs(some, halves.head))
+    if not bad:
+        ends = np.cumsum([len(r.positions) for r in requests])[:-1]
+        return list(requests), np.split(records, ends)
+    return _kept(requests, refused.settle(requests, np.concatenate(bad), values), records)
+
+
+def _kept(
+    asked: Sequence[RowPositions], kept: Sequence[RowPositions], records: NDArray[np.uint8]
+) -> tuple[list[RowPositions], list[NDArray[np.uint8]]]:
+    """Rows with positions, and their part of the records of all that was asked."""
+    ends = np.cumsum([len(r.positions) for r in asked])[:-1]
+    pairs = [
+        (row, some[np.isin(before.positions, row.positions)])
+        for before, row, some in zip(asked, kept, np.split(records, ends), strict=True)
+        if len(row.positions)
+    ]
+    return [row for row, _ in pairs], [some for _, some in pairs]
+
+
+def _states(
+    halves: Halves, rows: Sequence[NDArray[np.int32]], requests: Sequence[RowPositions]
+) -> torch.Tensor:
+    """`[n, H]`: final hidden states at the asked positions of all rows."""
     longest = max(len(row) for row in rows)
     padded = np.zeros((len(rows), longest), dtype=np.int64)
     mask = np.zeros((len(rows), longest), dtype=np.int64)
@@ -97,30 +210,43 @@ def capture(
         attention_mask=torch.from_numpy(mask).to(device),
     )
     flat = np.concatenate([i * longest + r.positions for i, r in enumerate(requests)])
-    states = hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(flat).to(device)]
-    parts = []
-    for start in range(0, len(flat), halves.chunk()):
-        logits = halves.head(states[start : start + halves.chunk()])
-        _require_numbers(logits, flat[start : start + halves.chunk()] // longest, requests)
-        parts.append(codec.encode(logits))
-    records = np.concatenate(parts)
-    ends = np.cumsum([len(r.positions) for r in requests])[:-1]
-    return np.split(records, ends)
+    return hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(flat).to(device)]
 
 
-def _require_numbers(
-    logits: torch.Tensor, row: NDArray[np.int64], requests: Sequence[RowPositions]
+def _not_numbers(
+    outputs: TeacherOutputs, reads_hidden: bool
+) -> tuple[NDArray[np.int64], list[float]]:
+    """Indices where there is NaN or +inf, or every logit is -inf; and the largest found there."""
+    # NaN and +inf win every comparison.
+    largest = outputs.hidden.abs().amax(-1) if reads_hidden else outputs.logits.amax(dim=-1)
+    strange: NDArray[np.int64] = torch.nonzero(~torch.isfinite(largest))[:, 0].cpu().numpy()
+    return strange, [float(largest[i]) for i in strange.tolist()]
+
+
+@torch.no_grad()
+def _fit(
+    store: TeacherCache,
+    halves: Halves,
+    missing: Mapping[bytes, RowPositions],
+    ids: Mapping[bytes, NDArray[np.int32]],
 ) -> None:
-    """Refuse NaN, +inf, and a position where every logit is -inf."""
-    highest = logits.amax(dim=-1)  # NaN and +inf win every comparison
-    bad = ~torch.isfinite(highest)
-    if bool(bad.any()):
-        first = int(torch.nonzero(bad)[0])
+    """Fit a codec that asks for it, on rows drawn from all that the teacher is to read."""
+    if store.reads_hidden and halves.whole:
         raise InputError(
-            f"row {requests[int(row[first])].key.hex()}: the teacher's logits are not numbers "
-            f"(largest: {float(highest[first])}); nothing of the row is stored; "
-            "check the teacher's weights, or use another `teacher.dtype`"
+            "cache.codec: this teacher's backbone and output layer do not add up to its logits, "
+            "so its hidden states cannot stand for them; use the codec 'topk'"
         )
+    codec = store.codec
+    if not isinstance(codec, FittedCodec) or codec.ready:
+        return
+    states: list[torch.Tensor] = []
+    for key in sorted(missing):  # a hash: any order of the data draws the same rows
+        if sum(map(len, states)) >= FIT_POSITIONS:
+            break
+        some = _states(halves, [ids[key]], [missing[key]])
+        states.append(some[torch.isfinite(some).all(-1)])
+    head = halves.head if halves.whole else OutputLayer(halves.model).plain()
+    codec.fit(TeacherOutputs(torch.cat(states)[:FIT_POSITIONS], head))
 
 
 def _token_ids(

@@ -22,14 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from kdframe.parts import (
-    CacheConfig,
-    EvaluatorConfig,
-    ExporterConfig,
-    LossConfig,
-    Place,
-    ProjectionConfig,
-)
+from kdframe.cache_parts import CacheConfig
+from kdframe.part import Place
+from kdframe.parts import EvaluatorConfig, ExporterConfig, LossConfig, ProjectionConfig
 from kdframe.plugins import Slot
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -254,7 +249,9 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _cache_serves_loss(self) -> Self:
         codec = self.cache.codec
-        if codec.form not in self.loss.accepts:
+        # A loss meets hidden states as the dense distribution that they make.
+        met = "dense" if codec.form == "hidden" else codec.form
+        if met not in self.loss.accepts:
             raise ValueError(
                 f"loss {self.loss.kind!r} does not accept {codec.form} targets, which codec "
                 f"{codec.kind!r} gives; it accepts: {', '.join(sorted(self.loss.accepts))}"

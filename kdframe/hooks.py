@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pluggy
 
-from kdframe import parts
+from kdframe import cache_parts, parts
 
 CONTRACT = 0
 """Version of the hook contract. A plugin module may state the one it needs as `CONTRACT`."""
@@ -34,13 +34,13 @@ def kdframe_projections() -> Sequence[type[parts.ProjectionConfig]]:
 
 
 @hookspec
-def kdframe_codecs() -> Sequence[type[parts.CodecConfig]]:
+def kdframe_codecs() -> Sequence[type[cache_parts.CodecConfig]]:
     """Ways to write a distribution in few bytes."""
     return ()
 
 
 @hookspec
-def kdframe_caches() -> Sequence[type[parts.CacheConfig]]:
+def kdframe_caches() -> Sequence[type[cache_parts.CacheConfig]]:
     """Places to keep a teacher's predictions."""
     return ()
 

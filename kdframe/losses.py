@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kdframe.output_layer import Halves
 from kdframe.parts import Loss, LossTerms
-from kdframe.targets import TeacherTargets
+from kdframe.targets import TeacherTargets, met
 
 _HALF_SCALE = 1024.0  # keeps float16 gradients of a chunk above the smallest float16
 
@@ -88,7 +88,7 @@ class StudentWithLoss(nn.Module):
             if targets is None:
                 hard = F.cross_entropy(logits, labels[chunk], reduction="none")
                 return LossTerms(hard, {"hard": hard})
-            found = self.loss(logits, targets.select(chunk), labels[chunk])
+            found = self.loss(logits, met(targets.select(chunk)), labels[chunk])
             if "hard" in found.terms:
                 return found
             hard = F.cross_entropy(logits.detach(), labels[chunk], reduction="none")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdframe import data, models, tokenizers, weights
 from kdframe.batching import TokenRows
+from kdframe.cache_parts import TeacherShape
 from kdframe.errors import InputError
 from kdframe.experiment import Experiment
 from kdframe.progress import Progress
@@ -53,7 +54,7 @@ class Materials:
     def dataset(self) -> data.Dataset:
         """The rows of all sets."""
         with self.progress.stage("read data", 1, "datasets") as bar:
-            vocab_size = min(self.teacher_rows, self.student_rows)
+            vocab_size = min(self.teacher_shape.vocab_size, self.student_rows)
             dataset = data.load(self.experiment.data, self.tokenizer, vocab_size)
             bar.advance(1)
         for name, counts in dataset.counts.items():
@@ -62,18 +63,20 @@ class Materials:
         return dataset
 
     @functools.cached_property
-    def teacher_rows(self) -> int:
-        """The teacher's output rows."""
+    def teacher_shape(self) -> TeacherShape:
+        """The teacher's output rows and hidden width."""
         teacher = self.experiment.teacher
-        return models.output_rows(teacher.model, teacher.revision, teacher.trust_remote_code)
+        return models.output_shape(teacher.model, teacher.revision, teacher.trust_remote_code)
 
     @functools.cached_property
     def student_rows(self) -> int:
         """The student's output rows."""
         student = self.experiment.student
         if student.model is None:
-            return self.teacher_rows
-        return models.output_rows(student.model, student.revision, student.trust_remote_code)
+            return self.teacher_shape.vocab_size
+        return models.output_shape(
+            student.model, student.revision, student.trust_remote_code
+        ).vocab_size
 
     @functools.cached_property
     def teacher(self) -> PreTrainedModel:
@@ -104,7 +107,7 @@ class Materials:
             template=tokenizers.template_fingerprint(self.tokenizer),
             settings=teacher.model_dump(include={"dtype", "quantize"}),
         )
-        return open_cache(self.experiment.cache, identity, self.teacher_rows, self.caches)
+        return open_cache(self.experiment.cache, identity, self.teacher_shape, self.caches)
 
     @property
     def held_out(self) -> dict[str, TokenRows]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdframe.cache_parts import TeacherShape
 from kdframe.errors import InputError
 from kdframe.experiment import Student, Teacher
 from kdframe.gguf_files import quick_reader
@@ -29,7 +30,7 @@ __all__ = [
     "load_folder",
     "load_student",
     "load_teacher",
-    "output_rows",
+    "output_shape",
     "parameter_count",
     "pick_device",
     "save",
@@ -124,8 +125,10 @@ def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def output_rows(model: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """The width of a model's logits, from its configuration alone.
+def output_shape(
+    model: str, revision: str | None = None, trust_remote_code: bool = False
+) -> TeacherShape:
+    """The widths of a model's logits and last hidden states, from its configuration alone.
 
     Raises:
         InputError: it cannot be found or read; names the remedy.
@@ -138,7 +141,8 @@ def output_rows(model: str, revision: str | None = None, trust_remote_code: bool
         config = AutoConfig.from_pretrained(
             found.path, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    return int(config.get_text_config().vocab_size)
+    text = config.get_text_config()
+    return TeacherShape(int(text.vocab_size), int(text.hidden_size))
 
 
 def parameter_count(model: PreTrainedModel) -> int:

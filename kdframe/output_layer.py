@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kdframe.errors import InputError
+from kdframe.heads import OutputHead, bent
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -34,18 +37,29 @@ class OutputLayer:
         config = model.config.get_text_config()
         self.linear: nn.Module = model.get_output_embeddings()
         self.parameters = [p for p in self.linear.parameters() if p.requires_grad]
-        self.multiply: float = getattr(config, "logit_scale", None) or 1.0
-        self.divide: float = getattr(config, "logits_scaling", None) or 1.0
+        multiply: float = getattr(config, "logit_scale", None) or 1.0
+        divide: float = getattr(config, "logits_scaling", None) or 1.0
+        self.scale = 1.0 if multiply == divide else multiply / divide
         self.soft_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[n, H]` to logits `[n, V]` in float32 (float64 stays)."""
-        logits = wide(self.linear(hidden))
-        if self.multiply != self.divide:
-            logits = logits * (self.multiply / self.divide)
-        if self.soft_cap is not None:
-            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return logits
+        return bent(wide(self.linear(hidden)), self.scale, self.soft_cap)
+
+    def plain(self) -> OutputHead:
+        """The layer as plain tensors, shared with the model.
+
+        Raises:
+            InputError: the layer is more than a matrix and a bias.
+        """
+        linear = self.linear
+        if type(linear) is not nn.Linear:
+            raise InputError(
+                f"cache.codec: the teacher's output layer is a {type(linear).__name__}, which "
+                "cannot be kept beside hidden states; use the codec 'topk'"
+            )
+        bias = None if linear.bias is None else linear.bias.detach()
+        return OutputHead(linear.weight.detach(), bias, self.scale, self.soft_cap)
 
 
 class Halves:

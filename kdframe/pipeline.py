@@ -19,12 +19,13 @@ import numpy as np
 
 from kdframe import caching, checks, data, durable, evaluation, exporting, models, tokenizers
 from kdframe import training as loop
+from kdframe.cache_parts import BadRow
 from kdframe.errors import InputError, Interrupted
 from kdframe.experiment import Experiment, Student
 from kdframe.materials import Materials
 from kdframe.model_card import model_card
 from kdframe.packing import check_packing
-from kdframe.parts import BadRow, ExportContext, ExporterConfig, Role
+from kdframe.parts import ExportContext, ExporterConfig, Role
 from kdframe.plugins import installed
 from kdframe.progress import Progress, Quiet
 from kdframe.runs import RunFolder

@@ -131,7 +131,7 @@ def _scratch_store(materials: Materials, folder: Path) -> TeacherCache:
     return open_cache(
         type(cache)(kind=cache.kind, codec=cache.codec),
         {"sample": "yes"},
-        materials.teacher_rows,
+        materials.teacher_shape,
         folder,
     )
 
@@ -219,13 +219,13 @@ def _positions(sets: Sequence[TokenRows]) -> int:
 
 def _sizes(materials: Materials, pace: Pace, positions: int) -> dict[str, int]:
     """Cache size with the experiment's codec, and with the defaults of every other one."""
-    own, rows = materials.experiment.cache.codec, materials.teacher_rows
-    record = own.record_bytes(rows)
+    own, shape = materials.experiment.cache.codec, materials.teacher_shape
+    record = own.record_bytes(shape)
     beside = max(0.0, pace.position_bytes - record)  # index and checksums
     codecs = {kind: found.part() for kind, found in installed().kinds["codec"].items()}  # type: ignore[call-arg]
     codecs[own.kind] = own
     return {
-        kind: round(pace.empty_bytes + positions * (codec.record_bytes(rows) + beside))  # type: ignore[attr-defined]
+        kind: round(pace.empty_bytes + positions * (codec.record_bytes(shape) + beside))  # type: ignore[attr-defined]
         for kind, codec in codecs.items()
     }
 

@@ -23,7 +23,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from kdframe import hooks
 from kdframe.errors import InputError, PluginError
-from kdframe.parts import SLOTS, Part, kind_of
+from kdframe.part import Part
+from kdframe.parts import SLOTS, kind_of
 
 
 @dataclass(frozen=True)

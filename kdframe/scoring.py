@@ -13,6 +13,7 @@ from kdframe.batching import TokenRows
 from kdframe.output_layer import Halves
 from kdframe.parts import Measure
 from kdframe.progress import Bar
+from kdframe.targets import met
 from kdframe.teacher_cache import TeacherCache
 
 
@@ -82,7 +83,7 @@ def _one_batch(
     found = []
     for start in range(0, len(labels), halves.chunk()):
         part = slice(start, start + halves.chunk())
-        some = None if targets is None else targets.select(part).to(device)
+        some = None if targets is None else met(targets.select(part).to(device))
         values: Mapping[str, torch.Tensor] = measure(halves.head(states[part]), labels[part], some)
         found += [(n, row_of[part], v.double().cpu().numpy()) for n, v in values.items()]
     return found

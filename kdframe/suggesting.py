@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 
 from kdframe.experiment import Experiment
-from kdframe.parts import Part
+from kdframe.part import Part
 from kdframe.plugins import installed
 
 _DEEPEST = 2  # sections in sections, as cache.codec.k

@@ -6,6 +6,7 @@ All probabilities are natural logarithms in float32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kdframe.errors import InputError
-from kdframe.parts import TargetForm
+from kdframe.heads import OutputHead
+from kdframe.part import TargetForm
 
 _NOTHING = 5e-7  # a share below float32's resolution of a sum near 1
 _LOWEST = -1e4  # stands for log 0 where a finite slope is needed
@@ -131,7 +133,109 @@ class DenseTargets:
         return DenseTargets(self.log_probs.to(device, non_blocking=True))
 
 
-TeacherTargets = TruncatedTargets | DenseTargets
+@dataclass(frozen=True)
+class WeightedTargets:
+    """Ids drawn from the teacher's distribution, with weights whose expectation is it.
+
+    For every id `v` the expected weight (0 where it was not drawn) is `p_T(v)`: a divergence that
+    is linear in p has its full gradient in expectation. A row's weights need not sum to 1.
+
+    Attributes:
+        ids: `[n, k]` int64, distinct within a row where the weight is not 0.
+        weights: `[n, k]` float32, 0 where a row drew fewer than `k` ids.
+        temperature: the one at which they were drawn; no other can be read.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    temperature: float
+
+    form: ClassVar[TargetForm] = "weighted"
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def at(self, temperature: float) -> Tensor:
+        """`[n, k]`: the weights, at the temperature of the draw.
+
+        Raises:
+            InputError: another temperature.
+        """
+        if temperature != self.temperature:
+            raise InputError(
+                f"temperature {temperature} cannot be read from draws at {self.temperature}; "
+                "set the codec's `temperature`, or use the codec 'topk'"
+            )
+        return self.weights
+
+    def select(self, index: slice | Tensor) -> WeightedTargets:
+        """The targets of some of the positions."""
+        return WeightedTargets(self.ids[index], self.weights[index], self.temperature)
+
+    def to(self, device: torch.device) -> WeightedTargets:
+        """The same targets on another device."""
+        ids, weights = (x.to(device, non_blocking=True) for x in (self.ids, self.weights))
+        return WeightedTargets(ids, weights, self.temperature)
+
+
+@dataclass(frozen=True)
+class HiddenTargets:
+    """The teacher's final hidden states: its whole distribution, once its output layer has run.
+
+    A loss never meets this form: the engine makes `DenseTargets` of one chunk at a time.
+
+    Attributes:
+        hidden: `[n, H]` float32.
+        head: the teacher's output layer.
+        exact_ids, exact_log_probs: `[n, k]`, ids whose log p at T = 1 is known better than the
+            hidden state tells it (`-inf`: not known); the others share what mass is left.
+        vocab_size: the width that was asked for with `resized`; None is the head's.
+    """
+
+    hidden: Tensor
+    head: OutputHead
+    exact_ids: Tensor | None = None
+    exact_log_probs: Tensor | None = None
+    vocab_size: int | None = None
+
+    form: ClassVar[TargetForm] = "hidden"
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def dense(self) -> DenseTargets:
+        """The whole distribution, `[n, V]`."""
+        found = DenseTargets.from_logits(self.head(self.hidden))
+        if self.exact_ids is not None and self.exact_log_probs is not None:
+            found = _corrected(found, self.exact_ids, self.exact_log_probs)
+        return found if self.vocab_size is None else _resized_dense(found, self.vocab_size)
+
+    def select(self, index: slice | Tensor) -> HiddenTargets:
+        """The targets of some of the positions."""
+        ids = None if self.exact_ids is None else self.exact_ids[index]
+        log_probs = None if self.exact_log_probs is None else self.exact_log_probs[index]
+        return HiddenTargets(self.hidden[index], self.head, ids, log_probs, self.vocab_size)
+
+    def to(self, device: torch.device) -> HiddenTargets:
+        """The same targets on another device."""
+        ids, log_probs = (
+            None if x is None else x.to(device, non_blocking=True)
+            for x in (self.exact_ids, self.exact_log_probs)
+        )
+        hidden = self.hidden.to(device, non_blocking=True)
+        return HiddenTargets(hidden, self.head.to(device), ids, log_probs, self.vocab_size)
+
+
+ChunkTargets = TruncatedTargets | DenseTargets | WeightedTargets
+"""What a loss or a measure meets, for the positions of one chunk."""
+
+TeacherTargets = ChunkTargets | HiddenTargets
+"""What a codec decodes."""
+
+
+def met(targets: TeacherTargets) -> ChunkTargets:
+    """A chunk's targets as a loss meets them."""
+    return targets.dense() if isinstance(targets, HiddenTargets) else targets
 
 
 def resized(targets: TeacherTargets, vocab_size: int) -> TeacherTargets:
@@ -140,22 +244,42 @@ def resized(targets: TeacherTargets, vocab_size: int) -> TeacherTargets:
     Two models of one tokenizer may pad their output rows differently; ids that only one of them
     has are no tokens. A truncated form moves what little mass they hold to the tail.
     """
-    if isinstance(targets, TruncatedTargets):
-        outside = targets.ids >= vocab_size
-        if not bool(outside.any()):
-            return targets
-        return TruncatedTargets(
-            targets.ids.masked_fill(outside, 0),
-            targets.log_probs.masked_fill(outside, float("-inf")),
-            targets.grid,
-            targets.grid_log_z,
+    match targets:
+        case HiddenTargets():
+            return dataclasses.replace(targets, vocab_size=vocab_size)
+        case DenseTargets():
+            return _resized_dense(targets, vocab_size)
+    outside = targets.ids >= vocab_size
+    if not bool(outside.any()):
+        return targets
+    ids = targets.ids.masked_fill(outside, 0)
+    if isinstance(targets, WeightedTargets):
+        return dataclasses.replace(
+            targets, ids=ids, weights=targets.weights.masked_fill(outside, 0)
         )
+    log_probs = targets.log_probs.masked_fill(outside, -torch.inf)
+    return dataclasses.replace(targets, ids=ids, log_probs=log_probs)
+
+
+def _resized_dense(targets: DenseTargets, vocab_size: int) -> DenseTargets:
     missing = vocab_size - targets.log_probs.shape[-1]
     if missing == 0:
         return targets
     if missing < 0:
         return DenseTargets(torch.log_softmax(targets.log_probs[:, :vocab_size], dim=-1))
     return DenseTargets(torch.nn.functional.pad(targets.log_probs, (0, missing), value=-torch.inf))
+
+
+def _corrected(found: DenseTargets, ids: Tensor, log_probs: Tensor) -> DenseTargets:
+    """The distribution with some log-probabilities replaced; the others share the rest."""
+    known = ~log_probs.isneginf()
+    whole = found.log_probs
+    guessed = whole.gather(-1, ids).exp().masked_fill(~known, 0).sum(-1, keepdim=True)
+    rest = 1 - log_probs.exp().sum(-1, keepdim=True)
+    scale = rest.clamp(min=_NOTHING).log() - (1 - guessed).clamp(min=_NOTHING).log()
+    moved = whole + scale
+    replaced = torch.where(known, log_probs, moved.gather(-1, ids))
+    return DenseTargets(torch.log_softmax(moved.scatter(-1, ids, replaced), dim=-1))
 
 
 def _mended(tail: Tensor, nodes: Sequence[float], steepest: Tensor) -> Tensor:

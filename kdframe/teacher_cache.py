@@ -6,14 +6,29 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdframe.batching import TokenRows
+from kdframe.cache_parts import (
+    Cache,
+    CacheConfig,
+    CacheSpec,
+    Codec,
+    CodecConfig,
+    RowPositions,
+    TeacherShape,
+)
+from kdframe.errors import DamagedError
 from kdframe.experiment import fingerprint
-from kdframe.parts import Cache, CacheConfig, CacheSpec, Codec, Projection, RowPositions
+from kdframe.heads import TeacherOutputs
+from kdframe.left_out import LeftOut
+from kdframe.parts import Projection
 from kdframe.targets import TeacherTargets, resized
+
+FITTED = "codec"
 
 
 @dataclass(frozen=True)
@@ -23,11 +38,15 @@ class TeacherCache:
     Attributes:
         cache: the records; codec: how to read them.
         projection: from the teacher's vocabulary to the student's, where they differ.
+        reads_hidden: whether the codec reads the teacher's hidden states.
+        not_numbers: what to do with predictions that are no numbers; see `CacheConfig`.
     """
 
     cache: Cache
     codec: Codec
     projection: Projection | None = None
+    reads_hidden: bool = False
+    not_numbers: Literal["error", "drop_row", "mask_position"] = "error"
 
     def targets(self, requests: Sequence[RowPositions], vocab_size: int) -> TeacherTargets | None:
         """The predictions at all positions of the rows, in order, over the student's `vocab_size`.
@@ -47,7 +66,8 @@ class TeacherCache:
     def missing(self, sets: Iterable[TokenRows]) -> list[RowPositions]:
         """The taught rows that the cache does not hold yet, each once."""
         requests: dict[bytes, RowPositions] = {}
-        for rows in sets:
+        left_out = LeftOut(self.cache)
+        for rows in map(left_out.without, sets):
             for i in np.flatnonzero(rows.taught):
                 request = rows.request(int(i))
                 known = requests.get(request.key)
@@ -56,14 +76,60 @@ class TeacherCache:
         return [wanted[i] for i in self.cache.missing(wanted)]
 
 
+class FittedCodec:
+    """A codec that is fitted to its teacher before the first record.
+
+    Attributes:
+        record_bytes: size of one record.
+    """
+
+    def __init__(self, config: CodecConfig, shape: TeacherShape, cache: Cache) -> None:
+        self.record_bytes = config.record_bytes(shape)
+        self._config, self._shape, self._cache = config, shape, cache
+        self._built: Codec | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it was fitted, here or by another process."""
+        return self._built is not None or self._cache.kept(FITTED) is not None
+
+    def fit(self, sample: TeacherOutputs) -> None:
+        """Fit it, unless another process came first."""
+        from safetensors.torch import save
+
+        tensors = self._config.fit(sample)
+        self._cache.keep(FITTED, save({k: t.cpu().contiguous() for k, t in tensors.items()}))
+
+    def encode(self, outputs: TeacherOutputs) -> NDArray[np.uint8]:
+        """`n` positions to records `[n, B]`."""
+        return self._codec().encode(outputs)
+
+    def decode(self, records: NDArray[np.uint8]) -> TeacherTargets:
+        """Records `[n, B]` to targets."""
+        return self._codec().decode(records)
+
+    def _codec(self) -> Codec:
+        if self._built is None:
+            from safetensors.torch import load
+
+            data = self._cache.kept(FITTED)
+            if data is None:
+                raise DamagedError(
+                    f"{self._cache.place}: what codec {self._config.kind!r} was fitted to is "
+                    "missing; restore it from a copy, or remove the cache to compute it again"
+                )
+            self._built = self._config.build(self._shape, load(data))
+        return self._built
+
+
 def open_cache(
-    settings: CacheConfig, identity: Mapping[str, str], vocab_size: int, default: Path
+    settings: CacheConfig, identity: Mapping[str, str], shape: TeacherShape, default: Path
 ) -> TeacherCache:
     """Open the cache of a teacher, or begin it.
 
     Args:
         identity: what the teacher is, by name; the codec is added here.
-        vocab_size: the teacher's output rows.
+        shape: the teacher's sizes.
         default: the folder that holds caches whose settings name none.
 
     Raises:
@@ -74,10 +140,16 @@ def open_cache(
     spec = CacheSpec(
         identity=whole,
         folder=default / fingerprint(whole)[:12],
-        record_bytes=codec.record_bytes(vocab_size),
+        record_bytes=codec.record_bytes(shape),
         codec=codec.model_dump(mode="json"),
     )
-    return TeacherCache(settings.open(spec), codec.build(vocab_size))
+    cache = settings.open(spec)
+    return TeacherCache(
+        cache,
+        FittedCodec(codec, shape, cache) if codec.fits else codec.build(shape),
+        reads_hidden=codec.reads_hidden,
+        not_numbers=settings.not_numbers,
+    )
 
 
 def cache_identity(

@@ -33,7 +33,7 @@ from kdframe.packing import packed_inputs
 from kdframe.parts import Loss
 from kdframe.progress import Progress
 from kdframe.runtime import Runtime
-from kdframe.targets import TeacherTargets
+from kdframe.targets import ChunkTargets
 from kdframe.teacher_cache import TeacherCache
 
 _SCHEDULES = {"constant": "constant_with_warmup"}
@@ -365,5 +365,5 @@ def _optimizer(trained: dict[str, nn.Parameter], settings: Training) -> torch.op
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
-def _hard_loss(logits: Tensor, labels: Tensor, targets: TeacherTargets | None) -> dict[str, Tensor]:
+def _hard_loss(logits: Tensor, labels: Tensor, targets: ChunkTargets | None) -> dict[str, Tensor]:
     return {"hard": F.cross_entropy(logits, labels, reduction="none")}

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdframe import caching, training
+from kdframe.api import TeacherShape
 from kdframe.batching import TokenRows
 from kdframe.experiment import Experiment, Training
 from kdframe.output_layer import Halves
@@ -102,7 +103,8 @@ def token_rows(count: int, *, longest: int = 20, seed: int = 0, taught=True, wei
 def filled(folder: Path, teacher, sets: list[TokenRows], codec=None) -> TeacherCache:
     """A cache in which the teacher's predictions for the rows are."""
     settings = MmapCache(codec=codec or TopK(k=16))
-    store = open_cache(settings, {"teacher": "any"}, Halves(teacher).vocab_size, folder)
+    shape = TeacherShape(Halves(teacher).vocab_size, teacher.config.hidden_size)
+    store = open_cache(settings, {"teacher": "any"}, shape, folder)
     caching.fill(store, sets, lambda: teacher, batch_tokens=64, progress=Quiet())
     return store
 

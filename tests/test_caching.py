@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from kdframe import caching
+from kdframe.api import TeacherShape
 from kdframe.errors import InputError, Interrupted
 from kdframe.output_layer import Halves
 from kdframe.progress import Quiet
@@ -32,12 +33,19 @@ def rows():
 
 
 def store_at(folder, codec=None):
-    return open_cache(MmapCache(codec=codec or TopK(k=16)), {"teacher": "any"}, V, folder)
+    return open_cache(
+        MmapCache(codec=codec or TopK(k=16)), {"teacher": "any"}, TeacherShape(V), folder
+    )
 
 
 def fill(store, sets, teacher, **more):
     more = {"batch_tokens": 64, "progress": Quiet()} | more
     return caching.fill(store, sets, lambda: teacher, **more)
+
+
+def capture(folder, halves, codec, rows, requests):
+    store = store_at(folder, codec)
+    return caching.capture(halves, store.codec, rows, requests, caching.Refusals(store))
 
 
 def nobody():
@@ -159,7 +167,7 @@ def test_a_teacher_with_a_weight_that_is_no_number_is_refused(tmp_path, teacher_
         (lambda logits: logits[:, 5].fill_(torch.nan), "nan"),
     ],
 )
-def test_logits_that_are_no_distribution_are_refused(teacher, rows, spoil, largest):
+def test_logits_that_are_no_distribution_are_refused(tmp_path, teacher, rows, spoil, largest):
     halves = Halves(teacher)
     head = halves.head
 
@@ -171,10 +179,10 @@ def test_logits_that_are_no_distribution_are_refused(teacher, rows, spoil, large
     halves.head = ill
     requests = [rows.request(i) for i in (0, 1)]
     with pytest.raises(InputError, match=rf"row {rows.key(1).hex()}: .*largest: {largest}\)"):
-        caching.capture(halves, TopK().build(V), [rows.row(0), rows.row(1)], requests)
+        capture(tmp_path, halves, TopK(), [rows.row(0), rows.row(1)], requests)
 
 
-def test_a_masked_token_is_no_fault(teacher, rows):
+def test_a_masked_token_is_no_fault(tmp_path, teacher, rows):
     halves = Halves(teacher)
     head = halves.head
 
@@ -182,14 +190,14 @@ def test_a_masked_token_is_no_fault(teacher, rows):
         return head(states).index_fill(1, torch.tensor([5, 6]), -torch.inf)
 
     halves.head = masking
-    codec = Dense(precision="float32").build(V)
-    (records,) = caching.capture(halves, codec, [rows.row(0)], [rows.request(0)])
-    log_probs = codec.decode(records).log_probs
+    codec = Dense(precision="float32")
+    _, (records,) = capture(tmp_path, halves, codec, [rows.row(0)], [rows.request(0)])
+    log_probs = codec.build(TeacherShape(V)).decode(records).log_probs
     assert torch.isinf(log_probs[:, 5:7]).all()
     assert torch.isfinite(log_probs[:, 7:]).all()
 
 
-def test_capture_never_holds_the_logits_of_all_tokens(teacher):
+def test_capture_never_holds_the_logits_of_all_tokens(tmp_path, teacher):
     most = 0
 
     class Sizes(TorchDispatchMode):
@@ -204,9 +212,10 @@ def test_capture_never_holds_the_logits_of_all_tokens(teacher):
     halves = Halves(teacher)
     halves.chunk = lambda: 32  # as a vocabulary of half a million would have it
     with Sizes():
-        caching.capture(
+        capture(
+            tmp_path,
             halves,
-            TopK(k=8).build(V),
+            TopK(k=8),
             [rows.row(i) for i in range(20)],
             [rows.request(i) for i in range(20)],
         )

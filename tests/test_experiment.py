@@ -8,7 +8,7 @@ import pytest
 
 from kdframe import Data, Experiment, Student, Teacher
 from kdframe.experiment import Section, fingerprint
-from kdframe.parts import Part
+from kdframe.part import Part
 from kdframe.plugins import installed
 from kdframe_codecs import Dense, TopK
 from kdframe_logit_kd import LogitKD

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from kdframe.api import TeacherOutputs, TeacherShape
 from kdframe.losses import StudentWithLoss, chunked
 from kdframe.output_layer import Halves
 from kdframe.parts import LossTerms
@@ -67,8 +68,8 @@ def test_a_truncated_teacher_that_keeps_everything_is_the_dense_one(seed, temper
 
 def test_the_loss_is_zero_where_student_and_teacher_agree():
     logits = torch.randn(8, V) * 4
-    codec = TopK(k=10).build(V)
-    targets = codec.decode(codec.encode(logits))
+    codec = TopK(k=10).build(TeacherShape(V))
+    targets = codec.decode(codec.encode(TeacherOutputs.of(logits)))
     for temperature in (1.0, 2.0, 5.0):
         soft = LogitKD(temperature=temperature).build()(logits, targets, torch.zeros(8).long())
         assert float(soft.terms["soft"].abs().max()) < 2e-3 * temperature**2
@@ -80,10 +81,10 @@ def test_minus_infinity_in_teacher_student_or_both_stays_finite():
     student[1, :5] = -torch.inf
     teacher[2, :5] = student[2, :5] = -torch.inf
     student.requires_grad_()
-    codec = TopK(k=8).build(V)
+    codec = TopK(k=8).build(TeacherShape(V))
     for targets in (
         DenseTargets.from_logits(teacher),
-        codec.decode(codec.encode(teacher)),
+        codec.decode(codec.encode(TeacherOutputs.of(teacher))),
     ):
         loss = LogitKD(alpha=0, temperature=2).build()
         total = loss(student, targets, torch.full((3,), 10)).total

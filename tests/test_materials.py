@@ -66,7 +66,7 @@ def test_a_token_that_one_of_the_models_lacks_is_refused(materials, tmp_path, to
     """The ids of both models' rows are known before one is loaded."""
     small = make_llama(tmp_path / "s", tokenizer, layers=1, hidden=16, seed=2, vocab_size=300)
     found = materials(student=small)
-    assert (found.teacher_rows, found.student_rows) == (len(tokenizer), 300)
+    assert (found.teacher_shape.vocab_size, found.student_rows) == (len(tokenizer), 300)
     with pytest.raises(InputError, match="outside the model's vocabulary of 300"):
         _ = found.dataset
 
@@ -88,7 +88,7 @@ def test_two_tokenizers_are_refused(materials, tmp_path, tokenizer, student_fold
 
 def test_the_cut_of_a_teacher_speaks_its_language(materials):
     found = materials(student={"from_teacher": {"layers": 2}})
-    assert found.student_rows == found.teacher_rows
+    assert found.student_rows == found.teacher_shape.vocab_size
     assert found.tokenizer.get_vocab() == found.tokenizer.get_vocab()
 
 

@@ -181,11 +181,11 @@ def test_folder_is_loaded_in_float32_for_measuring(teacher_folder, teacher, ids,
 
 def test_output_rows_are_read_without_the_weights(teacher_folder, gguf_file, tmp_path):
     shutil.copy(teacher_folder / "config.json", tmp_path)
-    assert models.output_rows(str(tmp_path)) == 400
-    assert models.output_rows(str(gguf_file)) == 5000
+    assert models.output_shape(str(tmp_path)).vocab_size == 400
+    assert models.output_shape(str(gguf_file)).vocab_size == 5000
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="configuration of model"):
-        models.output_rows(str(tmp_path))
+        models.output_shape(str(tmp_path))
 
 
 def test_loading_is_silent(teacher_folder, gguf_file, capfd):

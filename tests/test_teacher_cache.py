@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdframe.api import TeacherShape
 from kdframe.errors import DamagedError, InputError
 from kdframe.teacher_cache import cache_identity, open_cache
 from kdframe_codecs import Dense, TopK
@@ -78,18 +79,20 @@ def test_another_teacher_has_another_folder(tmp_path):
     def folder(**changes):
         parts = {"weights": "w", "tokenizer": "t", "template": "c"} | changes
         identity = cache_identity(**parts, settings={"dtype": "auto", "quantize": None})
-        return open_cache(MmapCache(), identity, V, tmp_path).cache.folder
+        return open_cache(MmapCache(), identity, TeacherShape(V), tmp_path).cache.folder
 
     assert folder() == folder()
     others = {folder(**{name: "x"}) for name in ("weights", "tokenizer", "template")}
     assert len({folder(), *others}) == 4
-    codecs = [open_cache(MmapCache(codec=TopK(k=k)), {}, V, tmp_path) for k in (8, 16)]
+    codecs = [
+        open_cache(MmapCache(codec=TopK(k=k)), {}, TeacherShape(V), tmp_path) for k in (8, 16)
+    ]
     assert codecs[0].cache.folder != codecs[1].cache.folder
 
 
 def test_a_named_folder_of_another_teacher_is_refused(tmp_path):
     named = MmapCache(folder=tmp_path / "mine")
     settings = {"tokenizer": "t", "template": "c", "settings": {"dtype": "auto"}}
-    open_cache(named, cache_identity(weights="one", **settings), V, tmp_path)
+    open_cache(named, cache_identity(weights="one", **settings), TeacherShape(V), tmp_path)
     with pytest.raises(InputError, match=r"holds another teacher weights \(one there, two wanted"):
-        open_cache(named, cache_identity(weights="two", **settings), V, tmp_path)
+        open_cache(named, cache_identity(weights="two", **settings), TeacherShape(V), tmp_path)

@@ -1,23 +1,29 @@
 """All that a plugin imports. Nothing else in kdframe is promised to plugins.
 
-Names that need torch (`TruncatedTargets`, `DenseTargets`, `TeacherTargets`) are loaded when first
-used, so that importing a plugin does not import torch.
+Names that need torch (the forms of targets, what codecs read) are loaded when first used, so that
+importing a plugin does not import torch.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 from kdframe import durable
-from kdframe.errors import DamagedError, InputError, KdframeError, PluginError
-from kdframe.hooks import CONTRACT, hookimpl
-from kdframe.parts import (
+from kdframe.cache_parts import (
     BadRow,
     Cache,
     CacheConfig,
     CacheSpec,
     Codec,
     CodecConfig,
+    RowPositions,
+    TeacherShape,
+)
+from kdframe.errors import DamagedError, InputError, KdframeError, PluginError
+from kdframe.hooks import CONTRACT, hookimpl
+from kdframe.part import Folder, Part, Place, TargetForm
+from kdframe.parts import (
     EvaluationRow,
     Evaluator,
     EvaluatorConfig,
@@ -26,28 +32,35 @@ from kdframe.parts import (
     ExporterConfig,
     ExportReport,
     Figure,
-    Folder,
     Loss,
     LossConfig,
     LossTerms,
-    Part,
-    Place,
     Projection,
     ProjectionConfig,
     Role,
-    RowPositions,
     Subject,
-    TargetForm,
 )
 from kdframe.plugins import Slot
 
 if TYPE_CHECKING:
-    from kdframe.targets import DenseTargets, TeacherTargets, TruncatedTargets
+    from kdframe.heads import OutputHead, TeacherOutputs
+    from kdframe.targets import (
+        ChunkTargets,
+        DenseTargets,
+        HiddenTargets,
+        TeacherTargets,
+        TruncatedTargets,
+        WeightedTargets,
+    )
 
 CodecSlot = Annotated[CodecConfig, Slot("codec")]
 """The type of a cache backend's field `codec`."""
 
-_NEED_TORCH = ("DenseTargets", "TeacherTargets", "TruncatedTargets")
+_NEED_TORCH = {
+    **dict.fromkeys(("OutputHead", "TeacherOutputs"), "heads"),
+    **dict.fromkeys(("ChunkTargets", "DenseTargets", "HiddenTargets", "TeacherTargets"), "targets"),
+    **dict.fromkeys(("TruncatedTargets", "WeightedTargets"), "targets"),
+}
 
 __all__ = [
     "CONTRACT",
@@ -55,6 +68,7 @@ __all__ = [
     "Cache",
     "CacheConfig",
     "CacheSpec",
+    "ChunkTargets",
     "Codec",
     "CodecConfig",
     "CodecSlot",
@@ -69,11 +83,13 @@ __all__ = [
     "ExporterConfig",
     "Figure",
     "Folder",
+    "HiddenTargets",
     "InputError",
     "KdframeError",
     "Loss",
     "LossConfig",
     "LossTerms",
+    "OutputHead",
     "Part",
     "Place",
     "PluginError",
@@ -83,8 +99,11 @@ __all__ = [
     "RowPositions",
     "Subject",
     "TargetForm",
+    "TeacherOutputs",
+    "TeacherShape",
     "TeacherTargets",
     "TruncatedTargets",
+    "WeightedTargets",
     "durable",
     "hookimpl",
 ]
@@ -92,7 +111,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _NEED_TORCH:
-        from kdframe import targets
-
-        return getattr(targets, name)
+        return getattr(importlib.import_module(f"kdframe.{_NEED_TORCH[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
-from kdframe.api import Codec, CodecConfig, TargetForm, hookimpl
+from kdframe.api import Codec, CodecConfig, TargetForm, TeacherShape, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Dense(CodecConfig):
@@ -22,15 +26,15 @@ class Dense(CodecConfig):
         """Every temperature."""
         return True
 
-    def record_bytes(self, vocab_size: int) -> int:
+    def record_bytes(self, shape: TeacherShape) -> int:
         """Two or four bytes for each id."""
-        return vocab_size * (4 if self.precision == "float32" else 2)
+        return shape.vocab_size * (4 if self.precision == "float32" else 2)
 
-    def build(self, vocab_size: int) -> Codec:
+    def build(self, shape: TeacherShape, fitted: Mapping[str, Tensor] | None = None) -> Codec:
         """The codec."""
         from kdframe_codecs.dense import DenseCodec
 
-        return DenseCodec(self, vocab_size)
+        return DenseCodec(self, shape)
 
 
 def _ascending_from_one(grid: tuple[float, ...]) -> tuple[float, ...]:
@@ -69,16 +73,16 @@ class TopK(CodecConfig):
         """Temperatures inside the grid."""
         return self.temperatures[0] <= temperature <= self.temperatures[-1]
 
-    def record_bytes(self, vocab_size: int) -> int:
+    def record_bytes(self, shape: TeacherShape) -> int:
         """Ids of 2 or 4 bytes, values of 2, and 4 for each temperature above 1."""
-        k = min(self.k, vocab_size)
-        return k * ((2 if vocab_size <= 65_536 else 4) + 2) + 4 * (len(self.temperatures) - 1)
+        k = min(self.k, shape.vocab_size)
+        return k * ((2 if shape.vocab_size <= 65_536 else 4) + 2) + 4 * (len(self.temperatures) - 1)
 
-    def build(self, vocab_size: int) -> Codec:
+    def build(self, shape: TeacherShape, fitted: Mapping[str, Tensor] | None = None) -> Codec:
         """The codec."""
         from kdframe_codecs.topk import TopKCodec
 
-        return TopKCodec(self, vocab_size)
+        return TopKCodec(self, shape)
 
 
 @hookimpl

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from kdframe.api import DenseTargets
+from kdframe.api import DenseTargets, TeacherOutputs, TeacherShape
 
 if TYPE_CHECKING:
     from kdframe_codecs import Dense
@@ -22,18 +21,19 @@ class DenseCodec:
         record_bytes: size of one record.
     """
 
-    def __init__(self, config: Dense, vocab_size: int) -> None:
-        self.record_bytes = config.record_bytes(vocab_size)
+    def __init__(self, config: Dense, shape: TeacherShape) -> None:
+        vocab_size = shape.vocab_size
+        self.record_bytes = config.record_bytes(shape)
         self._vocab_size = vocab_size
         self._dtype: torch.dtype = getattr(torch, config.precision)
 
-    def encode(self, logits: Tensor) -> NDArray[np.uint8]:
-        """`logits [n, V]` float32, finite or `-inf`, to records `[n, B]`.
+    def encode(self, outputs: TeacherOutputs) -> NDArray[np.uint8]:
+        """The logits at `n` positions to records `[n, B]`.
 
         Stores `log_softmax(logits)`, so that large logits do not overflow. In float16 a
         log-probability below -65,504 becomes `-inf`.
         """
-        stored = torch.log_softmax(logits.float(), dim=-1).to(self._dtype).contiguous()
+        stored = torch.log_softmax(outputs.logits.float(), dim=-1).to(self._dtype).contiguous()
         return stored.view(torch.uint8).cpu().numpy()
 
     def decode(self, records: NDArray[np.uint8]) -> DenseTargets:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdframe.api import TruncatedTargets
+from kdframe.api import TeacherOutputs, TeacherShape, TruncatedTargets
 
 if TYPE_CHECKING:
     from kdframe_codecs import TopK
@@ -35,8 +35,9 @@ class TopKCodec:
         record_bytes: size of one record.
     """
 
-    def __init__(self, config: TopK, vocab_size: int) -> None:
-        self.record_bytes = config.record_bytes(vocab_size)
+    def __init__(self, config: TopK, shape: TeacherShape) -> None:
+        vocab_size = shape.vocab_size
+        self.record_bytes = config.record_bytes(shape)
         self._vocab_size = vocab_size
         self._k = min(config.k, vocab_size)
         self._grid = config.temperatures
@@ -48,10 +49,10 @@ class TopKCodec:
         ]
         self._dtype = np.dtype(fields)
 
-    def encode(self, logits: Tensor) -> NDArray[np.uint8]:
-        """`logits [n, V]` float32, finite or `-inf`, to records `[n, B]`."""
+    def encode(self, outputs: TeacherOutputs) -> NDArray[np.uint8]:
+        """The logits at `n` positions to records `[n, B]`."""
+        logits = outputs.logits.float()
         n = len(logits)
-        logits = logits.float()
         ids = logits.new_empty((n, self._k), dtype=torch.int64)
         values = logits.new_empty((n, self._k), dtype=torch.float64)
         log_z = logits.new_empty((n, len(self._grid)), dtype=torch.float64)

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdframe.api import Figure, Subject, TeacherTargets, TruncatedTargets
+from kdframe.api import ChunkTargets, Figure, Subject, TruncatedTargets, WeightedTargets
 
 
 def evaluate(subject: Subject) -> dict[str, Figure]:
     """`kl_to_teacher` (nats per counted token at T = 1) and `top1_agreement` (share of tokens).
 
-    Nothing for the teacher itself, nor where the cache does not cover the set. Targets that are
-    truncated give the KL over their kept ids and the tail as one outcome: a lower bound.
+    Nothing for the teacher itself, nor where the cache does not cover the set or holds draws.
+    Targets that are truncated give the KL over their kept ids and the tail as one outcome: a
+    lower bound.
     """
     if subject.role == "teacher" or not subject.has_targets:
         return {}
@@ -28,10 +29,8 @@ def evaluate(subject: Subject) -> dict[str, Figure]:
     }
 
 
-def _compare(
-    logits: Tensor, labels: Tensor, targets: TeacherTargets | None
-) -> Mapping[str, Tensor]:
-    if targets is None:
+def _compare(logits: Tensor, labels: Tensor, targets: ChunkTargets | None) -> Mapping[str, Tensor]:
+    if targets is None or isinstance(targets, WeightedTargets):
         nothing = logits.new_zeros(len(labels))
         return {"kl": nothing, "top1": nothing, "counted": nothing}
     log_q = torch.log_softmax(logits, dim=-1)

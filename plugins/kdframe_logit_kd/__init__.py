@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from kdframe.api import Loss, LossConfig, hookimpl
+from kdframe.api import Loss, LossConfig, TargetForm, hookimpl
 
 
 class LogitKD(LossConfig):
@@ -15,6 +15,8 @@ class LogitKD(LossConfig):
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531),
     section 2. `alpha` weighs the **hard** loss; other tools mean the opposite.
     """
+
+    accepts: ClassVar[frozenset[TargetForm]] = frozenset({"truncated", "dense", "weighted"})
 
     kind: Literal["logit_kd"] = "logit_kd"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5

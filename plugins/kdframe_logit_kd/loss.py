@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdframe.api import DenseTargets, LossTerms, TeacherTargets, TruncatedTargets
+from kdframe.api import ChunkTargets, DenseTargets, LossTerms, TruncatedTargets, WeightedTargets
 
 _FLOOR = -1e4  # a log-probability: finite where a model masks an id that its teacher likes
 _ALMOST_ONE = 1 - 2.0**-24
@@ -21,7 +21,7 @@ class LogitKDLoss:
         self.alpha = alpha
         self.temperature = temperature
 
-    def __call__(self, logits: Tensor, targets: TeacherTargets, labels: Tensor) -> LossTerms:
+    def __call__(self, logits: Tensor, targets: ChunkTargets, labels: Tensor) -> LossTerms:
         """Hard and soft loss of `logits [n, V]`; both are in the terms, unweighted but for T^2."""
         log_z = torch.logsumexp(logits, dim=-1)
         hard = log_z - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -29,6 +29,8 @@ class LogitKDLoss:
         soft_log_z = log_z if temperature == 1 else torch.logsumexp(logits / temperature, dim=-1)
         if isinstance(targets, TruncatedTargets):
             kl = _truncated_kl(logits, soft_log_z, targets, temperature)
+        elif isinstance(targets, WeightedTargets):
+            kl = _weighted_cross_entropy(logits, soft_log_z, targets, temperature)
         else:
             kl = _dense_kl(logits, soft_log_z, targets, temperature)
         soft = temperature**2 * kl
@@ -51,6 +53,18 @@ def _truncated_kl(
 def _dense_kl(logits: Tensor, log_z: Tensor, targets: DenseTargets, temperature: float) -> Tensor:
     log_q = logits / temperature - log_z.unsqueeze(-1)
     return _kl(targets.at(temperature), log_q).sum(-1)
+
+
+def _weighted_cross_entropy(
+    logits: Tensor, log_z: Tensor, targets: WeightedTargets, temperature: float
+) -> Tensor:
+    """KL but for the teacher's entropy, which draws do not tell; its expected gradient is KL's.
+
+    The student's normaliser is counted once, not by the sum of the weights: so the gradient is
+    exactly `q - weights`, without the noise of that sum.
+    """
+    drawn = (targets.at(temperature) * logits.gather(-1, targets.ids) / temperature).sum(-1)
+    return log_z - drawn
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

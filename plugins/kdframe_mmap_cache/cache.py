@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdframe.api import BadRow, CacheSpec, DamagedError, InputError, RowPositions, durable
-from kdframe_mmap_cache import journal, manifest
+from kdframe_mmap_cache import journal, kept, manifest
 from kdframe_mmap_cache.catalogue import Catalogue, Found
 from kdframe_mmap_cache.shard import KEY_BYTES, index_sum, pack
 
@@ -26,7 +26,7 @@ class MmapCacheFolder:
     does not exist. A row may be stored more than once: any that holds the positions asked serves.
 
     Attributes:
-        folder: where it lives.
+        folder: where it lives; place: the same as text.
     """
 
     def __init__(self, folder: Path, spec: CacheSpec) -> None:
@@ -38,6 +38,7 @@ class MmapCacheFolder:
             DamagedError: the manifest or the journal is damaged or missing.
         """
         self.folder = folder
+        self.place = str(folder)
         self._spec = spec
         manifest.open_folder(folder, spec)
         self._known = Catalogue(folder, spec.record_bytes)
@@ -89,6 +90,35 @@ class MmapCacheFolder:
             records = shard.records(i)
             out[begin:end] = records if chosen is None else records[chosen]
         return out
+
+    def stored(self) -> list[RowPositions]:
+        """Every sound row, each once, with the positions that it holds."""
+        self.refresh()
+        held: dict[bytes, NDArray[np.int32]] = {}
+        for shard in self._known.shards:
+            for i in np.flatnonzero(shard.live).tolist():
+                if shard.check(i):
+                    key, positions = shard.keys[i].tobytes(), shard.positions(i)
+                    held[key] = np.union1d(held[key], positions) if key in held else positions
+            shard.close()
+        return [RowPositions(key, positions.astype(np.int32)) for key, positions in held.items()]
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep something beside the records, durable on return. The first to come stays."""
+        with durable.lock(self.folder / manifest.LOCK):
+            kept.write(self.folder, name, data)
+
+    def kept(self, name: str) -> bytes | None:
+        """What was kept under a name.
+
+        Raises:
+            DamagedError: it is not what was kept.
+        """
+        return kept.read(self.folder, name)
+
+    def kept_names(self) -> list[str]:
+        """The names under which something is kept, in order."""
+        return kept.names(self.folder)
 
     def verify(self) -> tuple[int, list[BadRow]]:
         """Check every row against the disk: how many there are, and the bad ones.

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from kdframe import evaluation
+from kdframe.api import TeacherOutputs, TeacherShape
 from kdframe.progress import Quiet
 from kdframe.targets import DenseTargets, resized
 from kdframe_codecs import Dense, TopK
@@ -93,8 +94,8 @@ def test_ids_that_only_the_teacher_has_join_the_tail_once(role, width):
     teacher, student = torch.randn(5, 50), torch.randn(5, width)
     teacher[:, 40:] += 3  # the likeliest ids
     student[:, 0] += 4  # where id 0 weighs much
-    codec = TopK(k=12).build(50)
-    targets = resized(codec.decode(codec.encode(teacher)), width)
+    codec = TopK(k=12).build(TeacherShape(50))
+    targets = resized(codec.decode(codec.encode(TeacherOutputs.of(teacher))), width)
     labels = torch.zeros(5).long()
     p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
     wanted = []

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdframe.api import TeacherOutputs, TeacherShape
 from kdframe_codecs import Dense
 
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -25,8 +26,8 @@ ERROR = {"float32": 2**-22, "float16": 2**-11, "bfloat16": 2**-8}
 )
 def test_a_distribution_comes_back_normalised_and_close(precision, n, vocab_size, scale, seed):
     logits = torch.randn(n, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
-    codec = Dense(precision=precision).build(vocab_size)
-    records = codec.encode(logits)
+    codec = Dense(precision=precision).build(TeacherShape(vocab_size))
+    records = codec.encode(TeacherOutputs.of(logits))
     assert records.dtype == np.uint8
     assert records.shape == (n, codec.record_bytes)
     back = codec.decode(records).log_probs
@@ -39,9 +40,9 @@ def test_a_distribution_comes_back_normalised_and_close(precision, n, vocab_size
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_impossible_ids_stay_impossible_and_large_logits_do_not_overflow(precision):
-    codec = Dense(precision=precision).build(4)
+    codec = Dense(precision=precision).build(TeacherShape(4))
     logits = torch.tensor([[70_000.0, -torch.inf, 70_000.0, -70_000.0]])
-    back = codec.decode(codec.encode(logits)).log_probs
+    back = codec.decode(codec.encode(TeacherOutputs.of(logits))).log_probs
     assert back[0, 1] == -torch.inf
     torch.testing.assert_close(back[0, [0, 2]].exp(), torch.tensor([0.5, 0.5]))
     assert back[0, 3].exp() == 0
@@ -50,13 +51,15 @@ def test_impossible_ids_stay_impossible_and_large_logits_do_not_overflow(precisi
 def test_the_record_is_as_large_as_the_config_says():
     for precision, size in (("float32", 400), ("float16", 200), ("bfloat16", 200)):
         config = Dense(precision=precision)
-        assert config.record_bytes(100) == size
-        assert config.build(100).encode(torch.zeros(3, 100)).shape == (3, size)
+        assert config.record_bytes(TeacherShape(100)) == size
+        assert config.build(TeacherShape(100)).encode(
+            TeacherOutputs.of(torch.zeros(3, 100))
+        ).shape == (3, size)
 
 
 def test_a_read_only_map_decodes():
-    codec = Dense().build(7)
-    records = codec.encode(torch.randn(3, 7))
+    codec = Dense().build(TeacherShape(7))
+    records = codec.encode(TeacherOutputs.of(torch.randn(3, 7)))
     expected = codec.decode(records).log_probs
     records.flags.writeable = False
     torch.testing.assert_close(codec.decode(records).log_probs, expected)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdframe.api import InputError, TruncatedTargets
+from kdframe.api import InputError, TeacherOutputs, TeacherShape, TruncatedTargets
 from kdframe_codecs import TopK
 from kdframe_codecs.topk import _chains, _to_float16, _top
 
@@ -20,8 +20,8 @@ def random_logits(n: int, vocab_size: int, seed: int, scale: float = 3.0) -> tor
 
 
 def coded(logits: torch.Tensor, **settings) -> TruncatedTargets:
-    codec = TopK(**settings).build(logits.shape[1])
-    return codec.decode(codec.encode(logits))
+    codec = TopK(**settings).build(TeacherShape(logits.shape[1]))
+    return codec.decode(codec.encode(TeacherOutputs.of(logits)))
 
 
 def logits_of_any_shape():
@@ -113,10 +113,10 @@ def test_ids_of_every_vocabulary_survive(vocab_size):
     logits[0, vocab_size - 1] = 30
     logits[1, vocab_size // 2] = 30
     config = TopK(k=64)
-    codec = config.build(vocab_size)
-    records = codec.encode(logits)
+    codec = config.build(TeacherShape(vocab_size))
+    records = codec.encode(TeacherOutputs.of(logits))
     assert records.dtype == np.uint8
-    assert records.shape == (2, config.record_bytes(vocab_size))
+    assert records.shape == (2, config.record_bytes(TeacherShape(vocab_size)))
     targets = codec.decode(records)
     assert targets.ids.dtype == torch.int64
     assert targets.ids[:, 0].tolist() == [vocab_size - 1, vocab_size // 2]
@@ -161,15 +161,15 @@ def test_a_grid_of_one_temperature_serves_that_alone():
 
 
 def test_no_positions_are_no_trouble():
-    codec = TopK().build(1000)
-    records = codec.encode(torch.empty(0, 1000))
+    codec = TopK().build(TeacherShape(1000))
+    records = codec.encode(TeacherOutputs.of(torch.empty(0, 1000)))
     assert records.shape == (0, codec.record_bytes)
     assert len(codec.decode(records)) == 0
 
 
 def test_half_precision_logits_and_read_only_records_are_taken():
-    codec = TopK().build(1000)
-    records = codec.encode(random_logits(4, 1000, 0).bfloat16())
+    codec = TopK().build(TeacherShape(1000))
+    records = codec.encode(TeacherOutputs.of(random_logits(4, 1000, 0).bfloat16()))
     expected = codec.decode(records)
     records.flags.writeable = False
     assert torch.equal(codec.decode(records).log_probs, expected.log_probs)
