@@ -39,15 +39,19 @@ class LeftOut:
         self._cache.keep(_PREFIX + blake2b(data, digest_size=16).hexdigest(), data)
         self._note(key, positions)
 
-    def without(self, rows: TokenRows) -> TokenRows:
-        """The rows without what is left out; a row of which nothing is left goes too."""
+    def without(self, rows: TokenRows, *, whole: bool = False) -> TokenRows:
+        """The rows without what is left out; a row of which nothing is left goes too.
+
+        Args:
+            whole: a row goes altogether, where it is to be compared with its text.
+        """
         if not self.positions:
             return rows
         counted = rows.counted.copy()
         kept = []
         for i in range(len(rows)):
             out = self.positions.get(rows.key(i), set()) if rows.taught[i] else set()
-            if out is None:
+            if out is None or (out and whole):
                 continue
             begin, end = rows.offsets[i : i + 2]
             counted[begin + np.array(sorted(out), dtype=np.int64)] = False

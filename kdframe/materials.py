@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 from pathlib import Path
@@ -12,6 +13,7 @@ from kdframe.batching import TokenRows
 from kdframe.cache_parts import TeacherShape
 from kdframe.errors import InputError
 from kdframe.experiment import Experiment
+from kdframe.left_out import LeftOut
 from kdframe.progress import Progress
 from kdframe.teacher_cache import TeacherCache, cache_identity, open_cache
 
@@ -61,6 +63,21 @@ class Materials:
             for line in counts.lines():
                 self.progress.say(f"data, {name}: {line}")
         return dataset
+
+    def leave_out(self) -> None:
+        """Take from the sets what the teacher gave no numbers for."""
+        left_out, before = LeftOut(self.store.cache), self.dataset
+        if not left_out.positions:
+            return
+        self.dataset = dataclasses.replace(
+            before,
+            train=left_out.without(before.train),
+            validation=left_out.without(before.validation, whole=True),
+            test={k: left_out.without(rows, whole=True) for k, rows in before.test.items()},
+        )
+        self.progress.say(
+            f"data: {len(left_out.positions):,} rows without what the teacher had no numbers for"
+        )
 
     @functools.cached_property
     def teacher_shape(self) -> TeacherShape:

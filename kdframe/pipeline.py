@@ -124,7 +124,7 @@ def _fill(materials: Materials, where: Where) -> dict[str, float]:
         if where.stop():
             raise Interrupted("stopped while the teacher reads; run it again to go on")
 
-    return caching.fill(
+    did = caching.fill(
         materials.store,
         [materials.dataset.train, *materials.held_out.values()],
         lambda: materials.teacher,
@@ -132,6 +132,8 @@ def _fill(materials: Materials, where: Where) -> dict[str, float]:
         progress=materials.progress,
         on_commit=leave_if_asked,
     )
+    materials.leave_out()
+    return did
 
 
 def _info(materials: Materials) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def test_killed_at_moments_that_are_drawn(tmp_path, plain, variant):
     assert not list((tmp_path / "killed" / "runs").rglob("*.tmp"))
 
 
-def test_of_the_teachers_work_at_most_a_batch_is_done_twice(tmp_path, plain):
+def test_of_the_teachers_work_at_most_two_batches_are_done_twice(tmp_path, plain):
+    """The one that was computed when the process was killed, and the one that was written."""
     made = plain(training__max_steps=1)
     attempts(tmp_path / "whole", made, [])
     batches = passes(tmp_path / "whole")
@@ -95,7 +96,7 @@ def test_of_the_teachers_work_at_most_a_batch_is_done_twice(tmp_path, plain):
     announced = [end["announced"] for end in ends]
     assert announced == sorted(announced)
     assert 0 < announced[0] < announced[-1] == batches
-    assert batches <= passes(tmp_path / "killed") <= batches + CACHE_KILLS
+    assert batches <= passes(tmp_path / "killed") <= batches + 2 * CACHE_KILLS
     read = Experiment.model_validate(made)
     infos = [pipeline.cache_info(read, where(tmp_path / name)) for name in ("whole", "killed")]
     assert infos[0]["rows"] == infos[1]["rows"] == 124  # five held-out rows are training rows
