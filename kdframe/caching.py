@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdframe import batching, durable
+from kdframe import batching, durable, live_teacher
 from kdframe.batching import TokenRows
 from kdframe.cache_parts import Codec, RowPositions
 from kdframe.errors import InputError
@@ -158,7 +158,7 @@ def capture(
     The output layer runs on the asked positions alone, in chunks. Positions at which the outputs
     are no numbers are gone from the rows, and so is a row of which nothing is left.
     """
-    states = _states(halves, rows, requests)
+    states = live_teacher.states(halves, rows, requests)
     records = np.zeros((len(states), codec.record_bytes), np.uint8)
     bad: list[NDArray[np.int64]] = []
     values: list[float] = []
@@ -194,25 +194,6 @@ def _kept(
     return [row for row, _ in pairs], [some for _, some in pairs]
 
 
-def _states(
-    halves: Halves, rows: Sequence[NDArray[np.int32]], requests: Sequence[RowPositions]
-) -> torch.Tensor:
-    """`[n, H]`: final hidden states at the asked positions of all rows."""
-    longest = max(len(row) for row in rows)
-    padded = np.zeros((len(rows), longest), dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=np.int64)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    device = halves.model.device
-    hidden = halves.hidden(
-        input_ids=torch.from_numpy(padded).to(device),
-        attention_mask=torch.from_numpy(mask).to(device),
-    )
-    flat = np.concatenate([i * longest + r.positions for i, r in enumerate(requests)])
-    return hidden.reshape(-1, hidden.shape[-1])[torch.from_numpy(flat).to(device)]
-
-
 def _not_numbers(
     outputs: TeacherOutputs, reads_hidden: bool
 ) -> tuple[NDArray[np.int64], list[float]]:
@@ -243,7 +224,7 @@ def _fit(
     for key in sorted(missing):  # a hash: any order of the data draws the same rows
         if sum(map(len, states)) >= FIT_POSITIONS:
             break
-        some = _states(halves, [ids[key]], [missing[key]])
+        some = live_teacher.states(halves, [ids[key]], [missing[key]])
         states.append(some[torch.isfinite(some).all(-1)])
     head = halves.head if halves.whole else OutputLayer(halves.model).plain()
     codec.fit(TeacherOutputs(torch.cat(states)[:FIT_POSITIONS], head))
