@@ -7,19 +7,17 @@ padding, packing, chunk size and accumulation cannot change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kdframe.chunks import ChunkLoss, add_terms, chunked
 from kdframe.output_layer import Halves
-from kdframe.parts import Loss, LossTerms
+from kdframe.parts import AnalyticLoss, Loss, LossTerms
 from kdframe.targets import TeacherTargets, met
-
-_HALF_SCALE = 1024.0  # keeps float16 gradients of a chunk above the smallest float16
 
 
 @dataclass(frozen=True)
@@ -82,99 +80,49 @@ class StudentWithLoss(nn.Module):
         targets: TeacherTargets | None,
     ) -> Tensor:
         """The summed loss of some positions; its named terms are added to `terms`."""
-
-        def at(chunk_hidden: Tensor, chunk: slice) -> LossTerms:
-            logits = self.halves.head(chunk_hidden)
-            if targets is None:
-                hard = F.cross_entropy(logits, labels[chunk], reduction="none")
-                return LossTerms(hard, {"hard": hard})
-            found = self.loss(logits, met(targets.select(chunk)), labels[chunk])
-            if "hard" in found.terms:
-                return found
-            hard = F.cross_entropy(logits.detach(), labels[chunk], reduction="none")
-            return LossTerms(found.total, {**found.terms, "hard": hard})
-
-        total, more = chunked(at, hidden, self.halves.head_parameters, self.halves.chunk())
-        for name, value in more.items():
-            terms[name] = terms[name] + value if name in terms else value
+        loss: ChunkLoss = _Hard(labels) if targets is None else _Taught(self.loss, targets, labels)
+        total, more = chunked(loss, hidden, self.halves.chunk_head(), self.halves.chunk())
+        add_terms(terms, more)
         return total
 
 
-ChunkLoss = Callable[[Tensor, slice], LossTerms]
+class _Hard:
+    """Cross-entropy, where there is no teacher."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = labels
+
+    def __call__(self, logits: Tensor, part: slice) -> LossTerms:
+        hard = F.cross_entropy(logits, self._labels[part], reduction="none")
+        return LossTerms(hard, {"hard": hard})
+
+    def with_gradient(self, logits: Tensor, part: slice) -> LossTerms:
+        """`softmax - one-hot`, in place of the logits."""
+        labels = self._labels[part].unsqueeze(-1)
+        hard = -logits.gather(-1, labels).squeeze(-1)
+        log_z = torch.logsumexp(logits, dim=-1)
+        logits.sub_(log_z.unsqueeze(-1)).exp_()
+        logits.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=logits.dtype))
+        hard += log_z
+        return LossTerms(hard, {"hard": hard})
 
 
-def chunked(
-    loss: ChunkLoss, hidden: Tensor, parameters: Sequence[Tensor], chunk: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum a loss over positions, `chunk` at a time, with the gradients taken inside each chunk.
+class _Taught:
+    """A plugin's loss on its chunk of targets and labels; `hard` is always among the terms."""
 
-    Args:
-        loss: from hidden states `[c, H]` and the slice that they stand for to LossTerms `[c]`.
-        hidden: `[n, H]`.
-        parameters: everything with a gradient that `loss` uses besides `hidden`.
-        chunk: positions at a time.
+    def __init__(self, loss: Loss, targets: TeacherTargets, labels: Tensor) -> None:
+        self._loss, self._targets, self._labels = loss, targets, labels
 
-    Returns:
-        the sum (a scalar that carries gradients to `hidden` and `parameters`), and detached sums
-        of the named terms.
-    """
-    terms: dict[str, Tensor] = {}
-    total: Tensor = _Chunked.apply(  # type: ignore[no-untyped-call]
-        loss, chunk, terms, hidden, *parameters
-    )
-    return total, terms
+    def __call__(self, logits: Tensor, part: slice) -> LossTerms:
+        labels = self._labels[part]
+        found = self._loss(logits, met(self._targets.select(part)), labels)
+        if "hard" in found.terms:
+            return found
+        hard = F.cross_entropy(logits.detach(), labels, reduction="none")
+        return LossTerms(found.total, {**found.terms, "hard": hard})
 
-
-class _Chunked(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        loss: ChunkLoss,
-        chunk: int,
-        terms: dict[str, Tensor],
-        hidden: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        total = torch.zeros((), dtype=_sum_type(hidden), device=hidden.device)
-        wants = any(ctx.needs_input_grad)
-        grad_hidden = torch.empty_like(hidden) if wants else hidden
-        gradients = [torch.zeros_like(p, dtype=_sum_type(p)) for p in parameters] if wants else []
-        scale = _scale(hidden.device.type)
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            with torch.set_grad_enabled(wants):
-                piece = hidden[part].detach().requires_grad_(wants)
-                found = loss(piece, part)
-                summed = found.total.sum()
-                scaled = summed * scale
-            if wants:
-                grads = torch.autograd.grad(scaled, [piece, *parameters])
-                grad_hidden[part] = grads[0] / scale
-                for gradient, more in zip(gradients, grads[1:], strict=True):
-                    gradient.add_(more, alpha=1 / scale)
-            total += summed.detach()
-            for name, value in found.terms.items():
-                value = value.detach().sum()
-                terms[name] = terms[name] + value if name in terms else value
-        ctx.gradients = (grad_hidden, *gradients) if wants else ()
-        ctx.dtypes = [hidden.dtype, *(p.dtype for p in parameters)]
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, ()
-        scaled = [
-            gradient.mul_(above[0]).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return (None, None, None, *scaled)
-
-
-def _sum_type(tensor: Tensor) -> torch.dtype:
-    """At least float32."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _scale(device: str) -> float:
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    return _HALF_SCALE if half else 1.0
+    def with_gradient(self, logits: Tensor, part: slice) -> LossTerms | None:
+        """The plugin's own gradient, where it gives one."""
+        if not isinstance(self._loss, AnalyticLoss):
+            return None
+        return self._loss.with_gradient(logits, met(self._targets.select(part)), self._labels[part])

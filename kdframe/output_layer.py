@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kdframe.chunks import Head
 from kdframe.errors import InputError
 from kdframe.heads import OutputHead, bent
 
@@ -74,7 +75,7 @@ class Halves:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        layer = OutputLayer(model)
+        self.layer = layer = OutputLayer(model)
         self.whole = not _adds_up(model, layer)
         self.head: Callable[[Tensor], Tensor] = wide if self.whole else layer
         self.head_parameters = [] if self.whole else layer.parameters
@@ -86,6 +87,14 @@ class Halves:
             return logits
         states: Tensor = self.model.base_model(**{"use_cache": False, **inputs}).last_hidden_state
         return states
+
+    def chunk_head(self) -> Head:
+        """The output layer as the loss engine runs it."""
+        layer = self.layer
+        linear = layer.linear
+        if self.whole or layer.soft_cap is not None or type(linear) is not nn.Linear:
+            return Head(self.head, self.head_parameters)
+        return Head(self.head, self.head_parameters, linear.weight, linear.bias, layer.scale)
 
     def chunk(self) -> int:
         """Positions of one chunk of logits."""

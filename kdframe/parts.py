@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from kdframe.cache_parts import CacheConfig, CodecConfig
 from kdframe.part import Part, TargetForm
@@ -54,6 +54,14 @@ class Loss(Protocol):
             targets: the teacher's distribution for the same positions.
             labels: `[n]` int64, the token that came next.
         """
+
+
+@runtime_checkable
+class AnalyticLoss(Loss, Protocol):
+    """A loss that knows its own gradient: faster than what autograd makes of it."""
+
+    def with_gradient(self, logits: Tensor, targets: ChunkTargets, labels: Tensor) -> LossTerms:
+        """The same terms, `hard` among them; `logits` becomes the gradient of `total.sum()`."""
 
 
 class LossConfig(Part):

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kdframe.api import TeacherOutputs, TeacherShape
-from kdframe.losses import StudentWithLoss, chunked
+from kdframe.chunks import Head, chunked
+from kdframe.losses import StudentWithLoss
 from kdframe.output_layer import Halves
 from kdframe.parts import LossTerms
-from kdframe.targets import DenseTargets, TruncatedTargets
+from kdframe.targets import DenseTargets, TruncatedTargets, WeightedTargets
 from kdframe_codecs import TopK
 from kdframe_logit_kd import LogitKD
 
@@ -96,19 +97,24 @@ def test_minus_infinity_in_teacher_student_or_both_stays_finite():
     torch.testing.assert_close(common.total, whole.total, rtol=1e-6, atol=1e-6)
 
 
-@given(chunk=st.integers(1, 30), n=st.integers(1, 25))
-@settings(max_examples=25, deadline=None)
-def test_chunks_change_neither_loss_nor_gradients(chunk, n):
+@given(chunk=st.integers(1, 30), n=st.integers(1, 25), by_matrices=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_chunks_change_neither_loss_nor_gradients(chunk, n, by_matrices):
     torch.manual_seed(n)
     weight = torch.randn(V, 8, dtype=torch.float64, requires_grad=True)
     hidden = torch.randn(n, 8, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, V, (n,))
 
-    def loss(piece, part):
-        each = F.cross_entropy(piece @ weight.T, labels[part], reduction="none")
-        return LossTerms(each, {"hard": each})
+    class Loss:
+        def __call__(self, logits, part):
+            each = F.cross_entropy(logits, labels[part], reduction="none")
+            return LossTerms(each, {"hard": each})
 
-    total, terms = chunked(loss, hidden, [weight], chunk)
+        def with_gradient(self, logits, part):
+            return None
+
+    head = Head(lambda piece: piece @ weight.T, [weight], weight if by_matrices else None)
+    total, terms = chunked(Loss(), hidden, head, chunk)
     (total * 0.5).backward()
     gradients = (hidden.grad.clone(), weight.grad.clone())
     hidden.grad = weight.grad = None
@@ -191,3 +197,52 @@ def test_a_batch_in_which_nothing_counts_gives_exactly_zero(student_folder):
     sums.total.backward()
     assert sums.total.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+forms = st.sampled_from(["dense", "truncated", "weighted"])
+
+
+def targets_of(form: str, logits: torch.Tensor, temperature: float, k: int):
+    if form == "dense":
+        return DenseTargets(logits.log_softmax(-1))
+    if form == "weighted":
+        p, ids = (logits / temperature).softmax(-1).topk(min(k, V))
+        return WeightedTargets(ids, p * 1.3, temperature)
+    log_probs, ids = logits.log_softmax(-1).topk(min(k, V))
+    log_z = torch.logsumexp(logits.log_softmax(-1) / temperature, dim=-1)
+    grid = (1.0,) if temperature == 1 else (1.0, temperature)
+    columns = [torch.zeros_like(log_z), log_z][: len(grid)]
+    return TruncatedTargets(ids, log_probs, grid, torch.stack(columns, dim=-1))
+
+
+@given(
+    form=forms,
+    seed=st.integers(0, 10**6),
+    alpha=st.sampled_from([0.0, 0.3, 1.0]),
+    temperature=st.sampled_from([1.0, 1.7, 2.0, 3.0, 4.0, 8.0]),
+    n=st.integers(1, 9),
+    k=st.integers(1, 60),
+    scale=st.sampled_from([0.1, 3.0, 30.0]),
+    masked=st.sampled_from(["nothing", "teacher", "student", "both"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_loss_s_own_gradient_is_autograds(form, seed, alpha, temperature, n, k, scale, masked):
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randn(2, n, V, generator=generator, dtype=torch.float64) * scale
+    teacher, student = made
+    if masked in ("teacher", "both"):
+        teacher[:, :5] = -torch.inf
+    if masked in ("student", "both"):
+        student[:, 2:7] = -torch.inf
+    labels = torch.randint(10, V, (n,), generator=generator)
+    loss = LogitKD(alpha=alpha, temperature=temperature).build()
+    targets = targets_of(form, teacher, temperature, k)
+    leaf = student.clone().requires_grad_()
+    found = loss(leaf, targets, labels)
+    (right,) = torch.autograd.grad(found.total.sum(), leaf)
+    own = student.clone()
+    terms = loss.with_gradient(own, targets, labels)
+    torch.testing.assert_close(terms.total, found.total, rtol=1e-9, atol=1e-9)
+    for name, value in found.terms.items():
+        torch.testing.assert_close(terms.terms[name], value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(own, right, rtol=1e-8, atol=1e-9)

@@ -1,17 +1,19 @@
 """`alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T)` on counted positions.
 
-Letters: `n` positions, `k` kept ids, `V` vocabulary.
+Letters: `n` positions, `V` vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from kdframe.api import ChunkTargets, DenseTargets, LossTerms, TruncatedTargets, WeightedTargets
+from kdframe.api import ChunkTargets, LossTerms
+from kdframe_logit_kd.soft import soft
 
-_FLOOR = -1e4  # a log-probability: finite where a model masks an id that its teacher likes
-_ALMOST_ONE = 1 - 2.0**-24
+_BLOCK = 1 << 18  # logits worked on at once: a few buffers of them fit the processor's cache
 
 
 class LogitKDLoss:
@@ -23,51 +25,70 @@ class LogitKDLoss:
 
     def __call__(self, logits: Tensor, targets: ChunkTargets, labels: Tensor) -> LossTerms:
         """Hard and soft loss of `logits [n, V]`; both are in the terms, unweighted but for T^2."""
-        log_z = torch.logsumexp(logits, dim=-1)
-        hard = log_z - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         temperature = self.temperature
+        log_z = torch.logsumexp(logits, dim=-1)
         soft_log_z = log_z if temperature == 1 else torch.logsumexp(logits / temperature, dim=-1)
-        if isinstance(targets, TruncatedTargets):
-            kl = _truncated_kl(logits, soft_log_z, targets, temperature)
-        elif isinstance(targets, WeightedTargets):
-            kl = _weighted_cross_entropy(logits, soft_log_z, targets, temperature)
+        teacher = soft(targets, temperature)
+        teacher.read(logits)
+        hard = log_z - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return self._terms(hard, teacher.value(soft_log_z))
+
+    def with_gradient(self, logits: Tensor, targets: ChunkTargets, labels: Tensor) -> LossTerms:
+        """The same; `logits [n, V]` becomes the gradient of the summed total.
+
+        That is `alpha * (q_1 - y) + (1 - alpha) * T * (q_T - p_T)`.
+        """
+        n, vocab_size = logits.shape
+        rows = max(1, _BLOCK // vocab_size)
+        scratch = logits.new_empty((min(rows, n) if self.temperature != 1 else 0, vocab_size))
+        hard, kl = logits.new_empty(n), logits.new_empty(n)
+        for start in range(0, n, rows):
+            part = slice(start, min(start + rows, n))
+            hard[part], kl[part] = self._overwrite(
+                logits[part], scratch, targets.select(part), labels[part].unsqueeze(-1)
+            )
+        return self._terms(hard, kl)
+
+    def _overwrite(
+        self, z: Tensor, scratch: Tensor, targets: ChunkTargets, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and KL of a block of rows, whose logits become the gradient."""
+        teacher = soft(targets, self.temperature)
+        z.sub_(z.amax(-1, keepdim=True))
+        teacher.read(z)
+        at = z.gather(-1, labels).squeeze(-1)
+        e_1 = scratch[: len(z)]
+        z_1, z_t = _exponentials(z, e_1, self.temperature)
+        kl = teacher.value(z_t.squeeze(-1).log())
+        weight = (1 - self.alpha) * self.temperature
+        spread = teacher.spread().mul_(weight) / z_t
+        if self.temperature == 1:
+            z.mul_(spread + self.alpha / z_1)
         else:
-            kl = _dense_kl(logits, soft_log_z, targets, temperature)
-        soft = temperature**2 * kl
-        total = self.alpha * hard + (1 - self.alpha) * soft
-        return LossTerms(total, {"hard": hard, "soft": soft})
+            z.mul_(spread).addcmul_(e_1, self.alpha / z_1)
+        teacher.correct(z, weight)
+        z.scatter_add_(-1, labels, z.new_full(labels.shape, -self.alpha))
+        return z_1.squeeze(-1).log() - at, kl
+
+    def _terms(self, hard: Tensor, kl: Tensor) -> LossTerms:
+        scaled = self.temperature**2 * kl
+        total = self.alpha * hard + (1 - self.alpha) * scaled
+        return LossTerms(total, {"hard": hard, "soft": scaled})
 
 
-def _truncated_kl(
-    logits: Tensor, log_z: Tensor, targets: TruncatedTargets, temperature: float
-) -> Tensor:
-    """KL over k + 1 outcomes: each kept id, and all the others as one."""
-    log_p, log_p_tail = targets.at(temperature)
-    log_q = logits.gather(-1, targets.ids) / temperature - log_z.unsqueeze(-1)
-    # An id that the teacher gives nothing is none of the kept: it may stand there twice.
-    log_q = log_q.masked_fill(log_p.isneginf(), -torch.inf)
-    log_q_tail = torch.log1p(-log_q.exp().sum(-1).clamp(max=_ALMOST_ONE))
-    return _kl(log_p, log_q).sum(-1) + _kl(log_p_tail, log_q_tail)
-
-
-def _dense_kl(logits: Tensor, log_z: Tensor, targets: DenseTargets, temperature: float) -> Tensor:
-    log_q = logits / temperature - log_z.unsqueeze(-1)
-    return _kl(targets.at(temperature), log_q).sum(-1)
-
-
-def _weighted_cross_entropy(
-    logits: Tensor, log_z: Tensor, targets: WeightedTargets, temperature: float
-) -> Tensor:
-    """KL but for the teacher's entropy, which draws do not tell; its expected gradient is KL's.
-
-    The student's normaliser is counted once, not by the sum of the weights: so the gradient is
-    exactly `q - weights`, without the noise of that sum.
-    """
-    drawn = (targets.at(temperature) * logits.gather(-1, targets.ids) / temperature).sum(-1)
-    return log_z - drawn
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """`p * (log p - log q)`, 0 where p is 0."""
-    term = log_p.exp() * (log_p.clamp(min=_FLOOR) - log_q.clamp(min=_FLOOR))
-    return torch.where(log_p > _FLOOR, term, torch.zeros_like(term))
+def _exponentials(z: Tensor, e_1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`z` (at most 0) becomes `exp(z / T)`, and `e_1` `exp(z)` (unused at T = 1); sums `[n, 1]`."""
+    if temperature == 1:
+        z.exp_()
+        total = z.sum(-1, keepdim=True)
+        return total, total
+    doublings = math.log2(temperature)
+    if doublings in (1, 2, 3):  # a square costs less than an exponential
+        z.mul_(1 / temperature).exp_()
+        torch.mul(z, z, out=e_1)
+        for _ in range(int(doublings) - 1):
+            e_1.mul_(e_1)
+    else:
+        torch.exp(z, out=e_1)
+        z.mul_(1 / temperature).exp_()
+    return e_1.sum(-1, keepdim=True), z.sum(-1, keepdim=True)
