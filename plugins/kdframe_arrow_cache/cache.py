@@ -50,6 +50,14 @@ class ArrowCacheStore:
         """Take in what other processes have written since."""
         self._known.refresh()
 
+    def require_room(self, size: int, what: str) -> None:
+        """Refuse what the disk has no room for; an object store is not asked.
+
+        Raises:
+            InputError: fewer than `size` bytes are free.
+        """
+        self._store.require_space(size, what)
+
     def missing(self, rows: Sequence[RowPositions]) -> list[int]:
         """Indices of the rows whose stored positions do not cover what is asked."""
         self.refresh()
