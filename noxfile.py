@@ -49,6 +49,14 @@ def newest(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def s3(session: nox.Session) -> None:
+    """The cache's contract on a server that speaks as S3 does."""
+    install(session)
+    session.install("-c", "constraints.txt", "s3fs", "moto[server]")
+    session.run("pytest", "tests/plugins/test_arrow_cache_s3.py", *session.posargs)
+
+
+@nox.session(default=False)
 def quickstart(session: nox.Session) -> None:
     """The README's first command on the real teacher, killed and resumed, in a fresh folder."""
     install(session)

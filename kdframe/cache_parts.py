@@ -136,6 +136,13 @@ class Cache(Protocol):
     folder: Path
     place: str
 
+    def require_room(self, size: int, what: str) -> None:
+        """Refuse `what` before it is begun, where `size` bytes are known not to fit.
+
+        Raises:
+            InputError: names what is needed and what is free.
+        """
+
     def missing(self, rows: Sequence[RowPositions]) -> list[int]:
         """Indices of the rows whose stored positions do not cover what is asked."""
 

@@ -60,7 +60,7 @@ def fill(
         return done
     ids = _token_ids(sets, missing)
     needed = sum(len(r.positions) for r in missing.values()) * store.codec.record_bytes
-    durable.require_space(store.cache.folder, int(needed * 1.1), "the teacher cache")
+    store.cache.require_room(int(needed * 1.1), "the teacher cache")
     plan = _plan(store.cache.folder, missing, ids, batch_tokens)
     total = sum(len(ids[key]) for batch in plan for key in batch)
     began = time.monotonic()

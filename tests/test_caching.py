@@ -14,6 +14,7 @@ from kdframe.errors import InputError, Interrupted
 from kdframe.output_layer import Halves
 from kdframe.progress import Quiet
 from kdframe.teacher_cache import open_cache
+from kdframe_arrow_cache import ArrowCache
 from kdframe_codecs import Dense, TopK
 from kdframe_mmap_cache import MmapCache
 from tests.run_kit import filled, learn, lesson, lines, load, token_rows
@@ -95,6 +96,19 @@ def test_the_likeliest_ids_are_kept_within_the_codecs_precision(tmp_path, teache
         for temperature in (1.0, 2.0, 5.0):
             log_z = torch.logsumexp(whole / temperature, dim=-1)
             torch.testing.assert_close(kept.log_z(temperature), log_z, rtol=1e-3, atol=2e-3)
+
+
+def test_a_cache_that_lives_elsewhere_says_the_same_as_one_in_a_folder(tmp_path, teacher, rows):
+    near = store_at(tmp_path, TopK(k=16))
+    config = ArrowCache(url=f"memory:/{tmp_path}", codec=TopK(k=16))
+    far = open_cache(config, {"teacher": "any"}, TeacherShape(V), tmp_path)
+    for store in (near, far):
+        fill(store, [rows], teacher)
+    requests = [rows.request(i) for i in range(len(rows))]
+    one, other = (store.targets(requests, V) for store in (near, far))
+    assert torch.equal(one.ids, other.ids)
+    assert torch.equal(one.log_probs, other.log_probs)
+    assert fill(far, [rows], teacher)["rows"] == 0
 
 
 def test_what_is_there_is_not_asked_again(tmp_path, teacher, rows):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Annotated, Any
 
-from kdframe import durable
+from kdframe import cache_tools, durable
 from kdframe.cache_parts import (
     BadRow,
     Cache,
@@ -104,6 +104,7 @@ __all__ = [
     "TeacherTargets",
     "TruncatedTargets",
     "WeightedTargets",
+    "cache_tools",
     "durable",
     "hookimpl",
 ]

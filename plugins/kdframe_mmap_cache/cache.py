@@ -48,6 +48,14 @@ class MmapCacheFolder:
         """Take in what other processes have written since."""
         self._known.refresh()
 
+    def require_room(self, size: int, what: str) -> None:
+        """Refuse what the disk has no room for.
+
+        Raises:
+            InputError: fewer than `size` bytes are free.
+        """
+        durable.require_space(self.folder, size, what)
+
     def missing(self, rows: Sequence[RowPositions]) -> list[int]:
         """Indices of the rows whose stored positions do not cover what is asked."""
         self.refresh()

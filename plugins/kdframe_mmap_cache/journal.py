@@ -9,34 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from kdframe.api import durable
+from kdframe.api import cache_tools, durable
 
 NAME = "shards.jsonl"
-
-
-def checksum(value: Any) -> str:
-    """blake2b, 8 bytes in hexadecimal, of a value as canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """The value with its checksum as `sum`."""
-    return {**value, "sum": checksum(value)}
-
-
-def opened(text: bytes) -> dict[str, Any] | None:
-    """What was sealed, without `sum`; None where the checksum disagrees."""
-    try:
-        value = json.loads(text)
-        seal = value.pop("sum")
-        return value if seal == checksum(value) else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
 
 
 class Journal:
@@ -74,7 +52,7 @@ class Journal:
         entries = []
         for line in data.splitlines():
             self._lines += 1
-            entry = opened(line)
+            entry = cache_tools.opened(line)
             if entry is None:
                 self.damaged.append(self._lines)
             else:
@@ -92,10 +70,12 @@ class Journal:
             if file.read(1) not in (b"", b"\n"):
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        durable.append_line(self._path, json.dumps(sealed(entry), sort_keys=True))
+        durable.append_line(self._path, json.dumps(cache_tools.sealed(entry), sort_keys=True))
 
     def mend(self) -> None:
         """Write the journal anew without its damaged lines. The caller holds the folder's lock."""
         lines = self._path.read_bytes().splitlines(keepends=True)
-        good = [line for line in lines if line.endswith(b"\n") and opened(line) is not None]
+        good = [
+            line for line in lines if line.endswith(b"\n") and cache_tools.opened(line) is not None
+        ]
         durable.write_bytes(self._path, b"".join(good))

@@ -58,10 +58,3 @@ def test_damaged_lines_are_counted_and_mending_tells_readers_to_begin_again(fold
     Journal(folder).mend()
     assert reader.news() == (True, [{"a": 0}, {"a": 2}])
     assert reader.damaged == []
-
-
-@pytest.mark.parametrize(
-    "line", [b"", b"\xff", b"[]", b"1", b"{}", b'{"a": 1}', b'{"a": 1, "sum": "00"}', b"[" * 9999]
-)
-def test_what_was_not_sealed_is_not_believed(line):
-    assert journal.opened(line) is None
