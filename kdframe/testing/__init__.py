@@ -14,4 +14,5 @@ if "pytest" in sys.modules:  # a process that only writes rows does without
         "kdframe.testing.cache_keeping",
         "kdframe.testing.cache_damage",
         "kdframe.testing.cache_refusing",
+        "kdframe.testing.losses",
     )
