@@ -13,7 +13,8 @@ from torch import Tensor
 from kdframe.api import ChunkTargets, LossTerms
 from kdframe_logit_kd.soft import soft
 
-_BLOCK = 1 << 18  # logits worked on at once: a few buffers of them fit the processor's cache
+_SAFE = 60.0  # a logit: exp(60), summed over any vocabulary, is far from float32's end
+_BLOCK = 1 << 20  # logits worked on at once: two buffers of them fit the processor's cache
 
 
 class LogitKDLoss:
@@ -54,18 +55,18 @@ class LogitKDLoss:
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and KL of a block of rows, whose logits become the gradient."""
         teacher = soft(targets, self.temperature)
-        z.sub_(z.amax(-1, keepdim=True))
+        _shift(z)
         teacher.read(z)
         at = z.gather(-1, labels).squeeze(-1)
-        e_1 = scratch[: len(z)]
-        z_1, z_t = _exponentials(z, e_1, self.temperature)
+        e_t = scratch[: len(z)]
+        z_1, z_t = _exponentials(z, e_t, self.temperature)
         kl = teacher.value(z_t.squeeze(-1).log())
         weight = (1 - self.alpha) * self.temperature
         spread = teacher.spread().mul_(weight) / z_t
         if self.temperature == 1:
             z.mul_(spread + self.alpha / z_1)
         else:
-            z.mul_(spread).addcmul_(e_1, self.alpha / z_1)
+            z.mul_(self.alpha / z_1).addcmul_(e_t, spread)
         teacher.correct(z, weight)
         z.scatter_add_(-1, labels, z.new_full(labels.shape, -self.alpha))
         return z_1.squeeze(-1).log() - at, kl
@@ -76,19 +77,29 @@ class LogitKDLoss:
         return LossTerms(total, {"hard": hard, "soft": scaled})
 
 
-def _exponentials(z: Tensor, e_1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """`z` (at most 0) becomes `exp(z / T)`, and `e_1` `exp(z)` (unused at T = 1); sums `[n, 1]`."""
+def _shift(z: Tensor) -> None:
+    """Bring rows to where their exponentials neither overflow nor all vanish.
+
+    Most models' logits are there already, and a pass over them is saved.
+    """
+    highest = z.amax(-1, keepdim=True)
+    if not bool(((highest >= 0) & (highest <= _SAFE)).all()):
+        z.sub_(highest)
+
+
+def _exponentials(z: Tensor, e_t: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """`z` becomes `exp(z)`, and `e_t` `exp(z / T)` (unused at T = 1); their sums `[n, 1]`."""
     if temperature == 1:
         z.exp_()
         total = z.sum(-1, keepdim=True)
         return total, total
+    torch.mul(z, 1 / temperature, out=e_t)
+    e_t.exp_()
     doublings = math.log2(temperature)
-    if doublings in (1, 2, 3):  # a square costs less than an exponential
-        z.mul_(1 / temperature).exp_()
-        torch.mul(z, z, out=e_1)
+    if doublings in (1, 2, 3):  # a square costs a fraction of an exponential
+        torch.mul(e_t, e_t, out=z)
         for _ in range(int(doublings) - 1):
-            e_1.mul_(e_1)
+            z.mul_(z)
     else:
-        torch.exp(z, out=e_1)
-        z.mul_(1 / temperature).exp_()
-    return e_1.sum(-1, keepdim=True), z.sum(-1, keepdim=True)
+        z.exp_()
+    return z.sum(-1, keepdim=True), e_t.sum(-1, keepdim=True)
