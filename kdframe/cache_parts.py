@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from kdframe.part import Part, TargetForm
 
@@ -57,6 +57,17 @@ class CodecConfig(Part):
     """Whether it reads the teacher's final hidden states (not every teacher has them apart)."""
     fits: ClassVar[bool] = False
     """Whether it is fitted to the teacher before the first record: see `fit`."""
+
+    @classmethod
+    def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
+        """Settings that `kdframe plan` compares, for a loss that reads `temperatures`.
+
+        The defaults alone, unless a codec with a setting of size says more.
+
+        Raises:
+            pydantic.ValidationError: a setting has no default.
+        """
+        return (cls(),)  # type: ignore[call-arg]
 
     def serves(self, temperature: float) -> bool:
         """Whether the targets can be read at `temperature`."""

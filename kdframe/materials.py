@@ -108,6 +108,26 @@ class Materials:
         if self.__dict__.pop("teacher", None) is not None:
             gc.collect()
 
+    def new_student(self) -> Any:
+        """The student as it is before training; what the loop trains, adapters and all."""
+        experiment = self.experiment
+        return models.load_student(
+            experiment.student,
+            teacher=experiment.teacher,
+            teacher_model=None if experiment.student.from_teacher is None else self.teacher,
+            device=self.device,
+            seed=experiment.training.seed,
+        )
+
+    def require_one_vocabulary(self) -> None:
+        """Raise what stands before a teacher of another vocabulary.
+
+        Raises:
+            InputError: the experiment has a projection.
+        """
+        if self.experiment.projection is not None:
+            raise InputError("projection: not applied yet; use two models of one tokenizer")
+
     @functools.cached_property
     def store(self) -> TeacherCache:
         """The open teacher cache.
@@ -115,8 +135,7 @@ class Materials:
         Raises:
             InputError: it holds another teacher, or the vocabularies need a projection.
         """
-        if self.experiment.projection is not None:
-            raise InputError("projection: not applied yet; use two models of one tokenizer")
+        self.require_one_vocabulary()
         teacher = self.experiment.teacher
         identity = cache_identity(
             weights=weights.weights_fingerprint(teacher),
