@@ -92,7 +92,8 @@ def show(found: CodecPlan) -> None:
 
 def _show_costs(rows: Sequence[PlanRow]) -> None:
     first = {_name(row): row for row in reversed(rows)}
-    titles = ("bytes/token", "in all", "capture, µs/token", "read, µs/token")
+    out("a token takes (µs: millionths of a second):")
+    titles = ("bytes", "in all", "µs to capture", "of them the codec", "µs to read")
     table(
         ("codec", *titles),
         (
@@ -101,6 +102,7 @@ def _show_costs(rows: Sequence[PlanRow]) -> None:
                 "" if row.bytes_per_token is None else f"{row.bytes_per_token:,}",
                 "" if row.total_bytes is None else size(row.total_bytes),
                 _micro(row.seconds_per_token),
+                _micro(row.codec_seconds_per_token),
                 _micro(row.read_seconds_per_token),
             )
             for name, row in reversed(first.items())
@@ -158,7 +160,9 @@ def _name(row: PlanRow) -> str:
 
 
 def _micro(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e6:,.0f}"
+    if seconds is None:
+        return ""
+    return f"{seconds * 1e6:,.0f}" if seconds >= 1e-5 else f"{seconds * 1e6:.1f}"
 
 
 def _figure(value: float | None) -> str:

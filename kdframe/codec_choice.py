@@ -10,6 +10,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from kdframe.cache_parts import CodecConfig
@@ -33,8 +34,9 @@ class PlanRow:
         kl: nats to the true distribution (none for draws).
         gradient_error: relative L2 error of the gradient; gradient_angle_deg, gradient_size:
             between it and the true one.
-        seconds_per_token: the teacher's forward pass and the codec's work;
-            read_seconds_per_token: from a record to what the loss meets.
+        seconds_per_token: to capture one: the teacher's forward pass, and from its hidden states
+            to a record `codec_seconds_per_token`; read_seconds_per_token: from a record to what
+            the loss meets.
         entropy: the teacher's, nats; support: mass that it gives to the kept ids.
         drawn: whether the targets are draws, whose error is noise and no bias.
         usable: whether the experiment's loss could read it; reason: why not.
@@ -50,6 +52,7 @@ class PlanRow:
     gradient_angle_deg: float | None
     gradient_size: float | None
     seconds_per_token: float | None
+    codec_seconds_per_token: float | None
     read_seconds_per_token: float | None
     entropy: float
     support: float | None
@@ -118,7 +121,7 @@ class CodecPlan:
         if self.recommended is None:
             return f"no codec reaches {asked}; {self._nearest()}"
         found = self.recommended
-        said = f"smallest with {asked}: {label(found.codec, found.settings)}"
+        said = f"recommended, as the smallest with {asked}: {label(found.codec, found.settings)}"
         if found.own:
             return f"{said} ({found.gradient_error:.2g}), which the experiment has already"
         return f"{said} ({found.gradient_error:.2g}). To use it: {found.override}"
@@ -165,8 +168,9 @@ def judge(
     teacher = _teacher(measured, experiment.loss.temperatures(), basis.vocab_size)
     rows, choices = [], []
     for i, (trial, settings, size) in enumerate(zip(measured.trials, shown, sizes, strict=True)):
+        costs = _costs(trial, basis.forward_seconds)
         own = [
-            _row(experiment, trial, settings, size, at, measured, basis.forward_seconds)
+            _row(experiment, trial, at, settings=settings, total_bytes=size, **costs)
             for at in teacher
         ]
         rows += own
@@ -213,30 +217,18 @@ def _settings(codecs: Sequence[CodecConfig]) -> list[dict[str, Any]]:
     return found
 
 
-def _row(
-    experiment: Experiment,
-    trial: Trial,
-    settings: Mapping[str, Any],
-    size: int | None,
-    at: TeacherAt,
-    measured: Measured,
-    forward_seconds: float,
-) -> PlanRow:
-    codec, sums = trial.codec, trial.found.get(at.temperature)
-    fault = form_fault(experiment.loss, codec)
+def _row(experiment: Experiment, trial: Trial, at: TeacherAt, **known: Any) -> PlanRow:
+    """One row; `known` are the fields that do not depend on the temperature."""
+    codec = trial.codec
+    reason = trial.reason or form_fault(experiment.loss, codec)
     if not codec.serves(at.temperature):
-        fault = fault or f"codec {codec.kind!r} does not serve temperature {at.temperature:g}"
-    reason = trial.reason or fault
-    done = not trial.reason
+        reason = reason or f"codec {codec.kind!r} does not serve temperature {at.temperature:g}"
     return PlanRow(
         codec=codec.kind,
-        settings=settings,
         temperature=at.temperature,
         bytes_per_token=trial.record_bytes,
-        total_bytes=size,
-        **_figures(sums),
-        seconds_per_token=forward_seconds + trial.seconds / measured.positions if done else None,
-        read_seconds_per_token=trial.read_seconds / measured.positions if done else None,
+        **known,
+        **_figures(trial.found.get(at.temperature)),
         entropy=at.entropy,
         drawn=codec.form == "weighted",
         usable=not reason,
@@ -244,12 +236,23 @@ def _row(
     )
 
 
-def _figures(sums: Fidelity | None) -> dict[str, float | None]:
+def _costs(trial: Trial, forward: float) -> dict[str, float | None]:
+    """Seconds of a position, to capture and to read."""
+    # The median: what else runs on the machine disturbs a chunk or two.
+    own = median(trial.writing) if trial.writing else None
+    return {
+        "seconds_per_token": None if own is None else forward + own,
+        "codec_seconds_per_token": own,
+        "read_seconds_per_token": median(trial.reading) if trial.reading else None,
+    }
+
+
+def _figures(sums: Fidelity | None) -> dict[str, Any]:
     """The figures of one codec at one temperature."""
     names = ("kl", "gradient_error", "gradient_angle_deg", "gradient_size", "support")
+    found: dict[str, Any] = dict.fromkeys(names)
     if sums is None:
-        return dict.fromkeys(names)
-    found: dict[str, float | None] = dict.fromkeys(names)
+        return found
     found["kl"] = sums.mean_kl if math.isfinite(sums.mean_kl) else None
     found["support"] = sums.support / sums.positions
     if sums.true > 0:  # else the student says what the teacher says, and there is no gradient
@@ -300,8 +303,8 @@ def _warnings(
         ]
         if thin:
             said.append(
-                f"at T = {at.temperature:g} the ids that {', '.join(thin)} keeps hold less than "
-                f"{THIN:.0%} of the teacher's mass: of most of it only the sum is known"
+                f"at T = {at.temperature:g} less than {THIN:.0%} of the teacher's mass is on the "
+                f"ids that are kept by {', '.join(thin)}: of most of it only the sum is known"
             )
     if measured.left_out:
         said.append(f"at {measured.left_out} positions a model gives no numbers; they are left out")

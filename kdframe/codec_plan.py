@@ -60,8 +60,14 @@ def plan(
     measured, fitted = _sample(rows, tokens, fits=any(codec.fits for codec in codecs))
     teacher, student = _read(materials, measured, fitted)
     at = sorted({*asked, *TEMPERATURES, *temperatures})
-    shape = materials.teacher_shape
-    found = codec_trials.measure(codecs, at, teacher, student, shape, materials.progress)
+    found = codec_trials.measure(
+        codecs,
+        at,
+        teacher=teacher,
+        student=student,
+        shape=materials.teacher_shape,
+        progress=materials.progress,
+    )
     return codec_choice.judge(
         experiment,
         found,

@@ -27,6 +27,8 @@ from kdframe.targets import DenseTargets, met, resized
 
 WARM_UP = 8
 """Positions that a codec codes before it is timed."""
+PARTS = 8
+"""A comparison holds many chunks at once, so they are smaller than elsewhere by this factor."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def read(
     batch_tokens: int,
 ) -> Readings:
     """One forward pass of a model over the sample's rows."""
-    halves = Halves(causal_lm(model.eval()))  # type: ignore[arg-type]
+    halves = Halves(causal_lm(model.eval()))
     began = time.perf_counter()
     states = _states(halves, measured, batch_tokens)
     fit = _states(halves, fitted, batch_tokens)
@@ -81,13 +83,15 @@ def read(
 
 def _states(halves: Halves, rows: Sequence[TaughtRow], batch_tokens: int) -> Tensor:
     lengths = np.array([len(row.ids) for row in rows], np.int64)
-    found = [torch.zeros(0)]
+    if not len(rows):
+        return torch.zeros(0, 1)
+    found = []
     for batch in batching.planned(lengths, np.arange(len(rows)), tokens=batch_tokens):
         some = [rows[i] for i in batch]
         found.append(
             caching.hidden_states(halves, [row.ids for row in some], [row.request for row in some])
         )
-    return torch.cat(found[1:]) if len(found) > 1 else found[0]
+    return torch.cat(found)
 
 
 @dataclass
@@ -97,8 +101,8 @@ class Trial:
     Attributes:
         reason: why it could not be tried; empty if it was.
         record_bytes: bytes of a position; kept_bytes: what is kept once, beside the records.
-        seconds: of all positions, from the teacher's hidden states to records;
-            read_seconds: from records to what the loss meets.
+        writing: seconds of a position in each chunk, from the teacher's hidden states to
+            records; reading: from records to what the loss meets.
         found: the sums at every temperature that it serves.
     """
 
@@ -106,9 +110,15 @@ class Trial:
     reason: str = ""
     record_bytes: int | None = None
     kept_bytes: int = 0
-    seconds: float = 0.0
-    read_seconds: float = 0.0
+    writing: list[float] = field(default_factory=list)
+    reading: list[float] = field(default_factory=list)
     found: dict[float, Fidelity] = field(default_factory=dict)
+
+    def fail(self, reason: str) -> None:
+        """It could not be tried to the end."""
+        self.reason = reason
+        for sums in (self.writing, self.reading, self.found):
+            sums.clear()
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ class Measured:
 def measure(
     codecs: Iterable[CodecConfig],
     temperatures: Sequence[float],
+    *,
     teacher: Readings,
     student: Readings,
     shape: TeacherShape,
@@ -146,7 +157,7 @@ def measure(
     """
     running = [_Running(codec, teacher, shape) for codec in codecs]
     truth = {temperature: Fidelity() for temperature in temperatures}
-    step = min(teacher.chunk, student.chunk)
+    step = max(1, min(teacher.chunk, student.chunk) // PARTS)
     n = len(teacher.states)
     seen = 0
     with progress.stage("try codecs", n, "positions") as bar:
@@ -227,8 +238,7 @@ class _Running:
             work()
         except Exception as error:  # anybody's code
             told = isinstance(error, InputError)
-            self.trial.reason = str(error) if told else f"{type(error).__name__}: {error}"
-            self.trial.found.clear()
+            self.trial.fail(str(error) if told else f"{type(error).__name__}: {error}")
 
     def _size(self, config: CodecConfig, shape: TeacherShape) -> None:
         self.trial.record_bytes = config.record_bytes(shape)
@@ -252,8 +262,10 @@ class _Running:
         encoded = time.perf_counter()
         decoded = resized(self._codec.decode(records), chunk.student.shape[-1])
         targets = met(decoded.to(chunk.student.device))
-        self.trial.read_seconds += time.perf_counter() - encoded
-        self.trial.seconds += encoded - began + chunk.head_seconds * bool(asked)
+        read = time.perf_counter() - encoded
+        written = encoded - began + chunk.head_seconds * bool(asked)
+        self.trial.writing.append(written / len(records))
+        self.trial.reading.append(read / len(records))
         for temperature in temperatures:
             if self.trial.codec.serves(temperature):
                 sums = compare(targets, chunk.teacher, chunk.student, temperature)
