@@ -35,16 +35,18 @@ def plan(
     tokens: int = TOKENS,
     temperatures: Sequence[float] = (),
     tolerance: float = TOLERANCE,
+    codecs: Sequence[CodecConfig] | None = None,
     progress: Progress | None = None,
 ) -> CodecPlan:
     """Try the installed codecs on a few of the experiment's own positions.
 
-    The experiment's codec, then every installed kind with the settings of its ladder; at the
-    loss's temperatures, at 1, 2 and 4, and at `temperatures`.
+    The experiment's codec, then others; at the loss's temperatures, at 1, 2 and 4, and at
+    `temperatures`.
 
     Args:
         tokens: about how many positions are measured.
         tolerance: the largest relative error of the gradient that is recommended.
+        codecs: the others; by default every installed kind, with the settings of its `ladder`.
 
     Raises:
         InputError: the experiment cannot run as it is, or the teacher reads none of its rows.
@@ -55,13 +57,13 @@ def plan(
     materials = Materials(experiment, Path("cache"), progress or Quiet())
     materials.require_one_vocabulary()
     asked = experiment.loss.temperatures()
-    codecs = _codecs(experiment)
+    tried = _different([experiment.cache.codec, *(_installed(asked) if codecs is None else codecs)])
     rows = sampling.taught_rows([materials.dataset.train, *materials.held_out.values()])
-    measured, fitted = _sample(rows, tokens, fits=any(codec.fits for codec in codecs))
+    measured, fitted = _sample(rows, tokens, fits=any(codec.fits for codec in tried))
     teacher, student = _read(materials, measured, fitted)
     at = sorted({*asked, *TEMPERATURES, *temperatures})
     found = codec_trials.measure(
-        codecs,
+        tried,
         at,
         teacher=teacher,
         student=student,
@@ -82,18 +84,22 @@ def plan(
     )
 
 
-def _codecs(experiment: Experiment) -> list[CodecConfig]:
-    """The experiment's own codec first, then all others, each once."""
-    found = [experiment.cache.codec]
+def _installed(temperatures: Sequence[float]) -> list[CodecConfig]:
+    """Every kind that can run here, with the settings of its ladder."""
+    found: list[CodecConfig] = []
     for kind in installed().kinds["codec"].values():
         if kind.unavailable:
             continue
         try:
-            found += kind.part.ladder(experiment.loss.temperatures())  # type: ignore[attr-defined]
+            found += kind.part.ladder(temperatures)  # type: ignore[attr-defined]
         except ValidationError:  # nobody but the user knows its settings
             continue
-    plain = [codec.model_dump() for codec in found]
-    return [codec for i, codec in enumerate(found) if plain[i] not in plain[:i]]
+    return found
+
+
+def _different(codecs: Sequence[CodecConfig]) -> list[CodecConfig]:
+    plain = [codec.model_dump() for codec in codecs]
+    return [codec for i, codec in enumerate(codecs) if plain[i] not in plain[:i]]
 
 
 def _sample(

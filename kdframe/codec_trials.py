@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdframe import batching, caching
+from kdframe import batching, live_teacher
 from kdframe.cache_parts import Codec, CodecConfig, TeacherShape
 from kdframe.errors import InputError
 from kdframe.fidelity import Fidelity, compare
@@ -89,7 +89,7 @@ def _states(halves: Halves, rows: Sequence[TaughtRow], batch_tokens: int) -> Ten
     for batch in batching.planned(lengths, np.arange(len(rows)), tokens=batch_tokens):
         some = [rows[i] for i in batch]
         found.append(
-            caching.hidden_states(halves, [row.ids for row in some], [row.request for row in some])
+            live_teacher.states(halves, [row.ids for row in some], [row.request for row in some])
         )
     return torch.cat(found)
 
