@@ -23,6 +23,9 @@ FLAT = 0.9
 THIN = 0.3
 """Mass below which the kept ids say little of the teacher."""
 
+NOTHING = 1e-10
+"""Squared gradient of a position that is rounding: the student says what the teacher says."""
+
 
 @dataclass(frozen=True)
 class PlanRow:
@@ -255,7 +258,7 @@ def _figures(sums: Fidelity | None) -> dict[str, Any]:
         return found
     found["kl"] = sums.mean_kl if math.isfinite(sums.mean_kl) else None
     found["support"] = sums.support / sums.positions
-    if sums.true > 0:  # else the student says what the teacher says, and there is no gradient
+    if sums.true > NOTHING * sums.positions:
         found["gradient_error"] = sums.gradient_error
         found["gradient_size"] = sums.gradient_size
         if sums.decoded > 0:

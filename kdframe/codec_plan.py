@@ -51,7 +51,7 @@ def plan(
     Raises:
         InputError: the experiment cannot run as it is, or the teacher reads none of its rows.
     """
-    if tokens < 1 or tolerance <= 0 or any(not 0 < t < math.inf for t in temperatures):
+    if tokens < 1 or not tolerance > 0 or any(not 0 < t < math.inf for t in temperatures):
         raise InputError("plan: tokens, tolerance and temperatures must be above 0")
     checks.refuse(checks.inputs(experiment))
     materials = Materials(experiment, Path("cache"), progress or Quiet())
