@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdframe import reading
+from kdframe import checks, reading
 from kdframe.errors import InputError
 from kdframe.terminal import (
     File,
@@ -47,6 +47,7 @@ def plan(
     more = _numbers(temperatures)
     with contextlib.redirect_stdout(sys.stderr):
         loaded = reading.load(experiment, overrides or ())
+        checks.refuse(checks.inputs(loaded))  # before torch is imported
         from kdframe import codec_plan
 
         found = codec_plan.plan(

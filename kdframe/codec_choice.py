@@ -309,6 +309,8 @@ def _warnings(
                 f"at T = {at.temperature:g} less than {THIN:.0%} of the teacher's mass is on the "
                 f"ids that are kept by {', '.join(thin)}: of most of it only the sum is known"
             )
+    if any(sums.true <= NOTHING * sums.positions for sums in measured.truth.values()):
+        said.append("the student says what the teacher says, so there is no gradient to compare")
     if measured.left_out:
         said.append(f"at {measured.left_out} positions a model gives no numbers; they are left out")
     return said

@@ -322,6 +322,7 @@ def test_a_student_that_says_what_the_teacher_says_has_no_gradient_to_compare(ti
     assert all(row.gradient_error is None for row in found.rows)
     assert all(row.kl is not None for row in found.rows)
     assert found.recommended is found.nearest is None
+    assert any("no gradient to compare" in said for said in found.warnings)
     json.dumps(found.plain(), allow_nan=False)
 
 
