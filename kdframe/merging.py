@@ -47,8 +47,8 @@ def merge(
         spec: what `target` holds.
 
     Raises:
-        InputError: a folder is no cache of this kind, is the target, holds another identity, or its codec was
-            fitted to something else; nothing is copied.
+        InputError: a folder is no cache of this kind, is the target, holds another identity, or
+            its codec was fitted to something else; nothing is copied.
     """
     sources = [_opened(target, settings, spec, folder) for folder in folders]
     _join_kept(target, sources)

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from kdframe import merging
+from kdframe import caching, merging
 from kdframe.api import DamagedError, TeacherShape
 from kdframe.errors import InputError
 from kdframe.progress import Quiet
 from kdframe.teacher_cache import cache_spec, open_cache
+from kdframe_arrow_cache import ArrowCache
 from kdframe_codecs import TopK
 from kdframe_mmap_cache import MmapCache
 from tests.codec_kit import HalfHidden
@@ -124,6 +125,22 @@ def test_a_row_that_only_reading_finds_damaged_is_left_too(tmp_path, teacher, ro
     done = merging._copy(store.cache, source, store.codec.record_bytes, Quiet())
     assert done.copied == 11
     assert [(bad.row, bad.reason) for bad in done.damaged] == [(rows.key(4).hex(), "torn")]
+
+
+def test_caches_of_arrow_files_too(tmp_path, teacher, rows):
+    """They tell of damaged rows as of others until they are read."""
+    settings, shape = ArrowCache(codec=TopK(k=16)), TeacherShape(V, H)
+    stores = [open_cache(settings, IDENTITY, shape, tmp_path / name) for name in ("a", "target")]
+    caching.fill(stores[0], [rows], lambda: teacher, batch_tokens=64, progress=Quiet())
+    row, source = rows.request(6), stores[0].cache
+    (shard,) = source.places(row.key)
+    path = source.folder / "shards" / shard
+    data = bytearray(path.read_bytes())
+    data[data.index(source.read([row])[0].tobytes())] ^= 1
+    path.write_bytes(data)
+    spec = cache_spec(settings, IDENTITY, shape, tmp_path)
+    (done,) = merging.merge(stores[1].cache, settings, spec, [source.folder], Quiet())
+    assert (done.copied, [bad.row for bad in done.damaged]) == (11, [row.key.hex()])
 
 
 # ------------------------------------------------------------------------------------- refusals

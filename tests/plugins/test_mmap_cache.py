@@ -238,18 +238,3 @@ def test_a_lost_journal_is_damage(cache):
         kit.open_cache(cache.folder)
     with pytest.raises(DamagedError, match=r"shards\.jsonl"):
         cache.missing([kit.row(2)])
-
-
-def test_a_row_tells_in_which_shards_it_stands(cache):
-    """Until it is dropped from them."""
-    kit.write(cache, [1, 2])
-    kit.write(cache, [3])
-    key = kit.row(1).key
-    wider = RowPositions(key, np.arange(100, dtype=np.int32))
-    cache.write([wider], [np.zeros((100, kit.RECORD_BYTES), np.uint8)])
-    places = cache.places(key)
-    assert len(set(places)) == 2
-    assert all((cache.folder / name).is_file() for name in places)
-    cache.drop([BadRow(key.hex(), name, "because") for name in places])
-    assert cache.places(key) == cache.places(b"k" * 16) == []
-    assert cache.missing([kit.row(1), kit.row(2), kit.row(3)]) == [0]
