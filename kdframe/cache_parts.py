@@ -9,8 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Self,
+    runtime_checkable,
+)
 
+from pydantic import Field
+
+from kdframe.errors import InputError
 from kdframe.part import Part, TargetForm
 
 if TYPE_CHECKING:
@@ -19,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdframe.heads import TeacherOutputs
-    from kdframe.targets import TeacherTargets
+    from kdframe.targets import TeacherTargets, TruncatedTargets
 
 
 # ------------------------------------------------------------------------------------- codecs
@@ -46,6 +58,22 @@ class Codec(Protocol):
 
     def decode(self, records: NDArray[np.uint8]) -> TeacherTargets:
         """Records `[n, B]` to targets."""
+
+
+@runtime_checkable
+class TruncatedCodec(Codec, Protocol):
+    """A codec that can also keep a truncated distribution as it is, without the teacher's logits.
+
+    It can take what was computed elsewhere: `kdframe cache import`.
+    """
+
+    def encode_truncated(self, targets: TruncatedTargets) -> NDArray[np.uint8]:
+        """`n` positions to records `[n, B]`; a record's first `k` ids are the likeliest.
+
+        Raises:
+            InputError: the targets do not say all that a record holds (the tail at more
+                temperatures, say); names the setting.
+        """
 
 
 class CodecConfig(Part):
@@ -170,6 +198,9 @@ class Cache(Protocol):
     def stored(self) -> Sequence[RowPositions]:
         """Every row that is there, each once, with the positions that it holds."""
 
+    def places(self, key: bytes) -> list[str]:
+        """Names of the shards (or of what a `BadRow` calls so) that hold a row."""
+
     def keep(self, name: str, data: bytes) -> None:
         """Keep something small beside the records, durable on return. The first to come stays.
 
@@ -203,6 +234,17 @@ class CacheConfig(Part):
     codec: Any
     not_numbers: Literal["error", "drop_row", "mask_position"] = "error"
     """What to do where the teacher's logits hold NaN or +inf, or nothing but -inf."""
+    imported: Annotated[str, Field(min_length=1)] | None = None
+    """The name of a teacher whose predictions are imported, not computed here: it stands in the
+    cache's identity in place of the weights, and the teacher's weights are never asked."""
+
+    def at(self, folder: Path) -> Self:
+        """These settings for a cache in another folder, to be merged into this one.
+
+        Raises:
+            InputError: this kind of cache has no folder.
+        """
+        raise InputError(f"cache: kind {self.kind!r} has no folder to merge from; use another kind")
 
     def open(self, spec: CacheSpec) -> Cache:
         """Open the cache, or begin it.

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from kdframe import pipeline
+from kdframe import cache_commands
 from kdframe.caching import PLAN
 from kdframe.experiment import Experiment
 from tests.conftest import make_llama
@@ -98,7 +98,9 @@ def test_of_the_teachers_work_at_most_two_batches_are_done_twice(tmp_path, plain
     assert 0 < announced[0] < announced[-1] == batches
     assert batches <= passes(tmp_path / "killed") <= batches + 2 * CACHE_KILLS
     read = Experiment.model_validate(made)
-    infos = [pipeline.cache_info(read, where(tmp_path / name)) for name in ("whole", "killed")]
+    infos = [
+        cache_commands.cache_info(read, where(tmp_path / name)) for name in ("whole", "killed")
+    ]
     assert infos[0]["rows"] == infos[1]["rows"] == 124  # five held-out rows are training rows
     noted = json.loads((tmp_path / "killed/runs/tiny/manifest.json").read_text("utf-8"))
     assert 0 < noted["done"]["cache"]["rows"] < 124

@@ -111,6 +111,12 @@ class MmapCacheFolder:
             shard.close()
         return [RowPositions(key, positions.astype(np.int32)) for key, positions in held.items()]
 
+    def places(self, key: bytes) -> list[str]:
+        """The shards that hold a row."""
+        self.refresh()
+        nothing = RowPositions(key, np.empty(0, np.int32))
+        return [shard.name for shard, *_ in self._known.covering([nothing])[0]]
+
     def keep(self, name: str, data: bytes) -> None:
         """Keep something beside the records, durable on return. The first to come stays."""
         with durable.lock(self.folder / manifest.LOCK):
