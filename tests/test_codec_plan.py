@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdframe import codec_trials, pipeline, sampling
+from kdframe import cache_commands, codec_trials, sampling
 from kdframe.api import TeacherOutputs, TeacherShape
 from kdframe.codec_plan import plan
 from kdframe.errors import InputError
@@ -106,7 +106,7 @@ def test_the_size_is_what_a_cache_of_the_whole_data_takes(tiny, tmp_path, prose)
     path = write_rows(tmp_path / "rows.jsonl", [*texts(prose, 60), *texts(prose, 30)])
     made = tiny(data__train=path)
     found = made.plan(codecs=[])
-    _, info = pipeline.fill_cache(made, where(tmp_path))
+    _, info = cache_commands.fill_cache(made, where(tmp_path))
     assert found.positions == info["positions"]
     assert rows_of(found, "topk")[0].total_bytes == pytest.approx(info["bytes"], rel=0.05)
 
