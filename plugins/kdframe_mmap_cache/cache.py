@@ -17,6 +17,7 @@ from kdframe_mmap_cache.catalogue import Catalogue, Found
 from kdframe_mmap_cache.shard import KEY_BYTES, index_sum, pack
 
 _REMEDY = "`kdframe cache verify --repair` computes it again"
+_FAULTS_SHOWN = 3
 
 
 class MmapCacheFolder:
@@ -59,7 +60,7 @@ class MmapCacheFolder:
     def missing(self, rows: Sequence[RowPositions]) -> list[int]:
         """Indices of the rows whose stored positions do not cover what is asked."""
         self.refresh()
-        return [i for i, found in enumerate(self._known.covering(rows)) if not found]
+        return [i for i, row in enumerate(rows) if not any(True for _ in self._known.covering(row))]
 
     def write(self, rows: Sequence[RowPositions], records: Sequence[NDArray[np.uint8]]) -> None:
         """Store `records[i]` `[n_i, B]` for `rows[i]` as one shard. Durable on return.
@@ -86,17 +87,16 @@ class MmapCacheFolder:
         Raises:
             DamagedError: a row is absent, does not hold a position, or fails its checksum.
         """
-        places = self._known.covering(rows)
-        found = [self._good(row, at) for row, at in zip(rows, places, strict=True)]
-        if len(found) == 1 and found[0][2] is None:
-            return found[0][0].records(found[0][1])
+        found = [self._known.sound(row) or self._sound(row) for row in rows]
+        if len(found) == 1:
+            shard, i, chosen = found[0]
+            return shard.records(i)[chosen]
         total = sum(len(row.positions) for row in rows)
         out = np.empty((total, self._spec.record_bytes), np.uint8)
         end = 0
         for row, (shard, i, chosen) in zip(rows, found, strict=True):
             begin, end = end, end + len(row.positions)
-            records = shard.records(i)
-            out[begin:end] = records if chosen is None else records[chosen]
+            out[begin:end] = shard.records(i)[chosen]
         return out
 
     def stored(self) -> list[RowPositions]:
@@ -104,9 +104,9 @@ class MmapCacheFolder:
         self.refresh()
         held: dict[bytes, NDArray[np.int32]] = {}
         for shard in self._known.shards:
-            for i in np.flatnonzero(shard.live).tolist():
+            for i in shard.live_rows():
                 if shard.check(i):
-                    key, positions = shard.keys[i].tobytes(), shard.positions(i)
+                    key, positions = shard.key(i), shard.positions(i)
                     held[key] = np.union1d(held[key], positions) if key in held else positions
             shard.close()
         return [RowPositions(key, positions.astype(np.int32)) for key, positions in held.items()]
@@ -149,11 +149,11 @@ class MmapCacheFolder:
         bad += [BadRow("", name, reason) for name, reason in self._known.broken.items()]
         count = 0
         for shard in self._known.shards:
-            for i in np.flatnonzero(shard.live).tolist():
+            for i in shard.live_rows():
                 count += 1
                 if not shard.check(i):
                     reason = "the checksum disagrees"
-                    bad.append(BadRow(shard.keys[i].tobytes().hex(), shard.name, reason))
+                    bad.append(BadRow(shard.key(i).hex(), shard.name, reason))
             shard.close()
         return count, bad
 
@@ -180,7 +180,7 @@ class MmapCacheFolder:
         size += sum(shard.size for shard in self._known.shards)
         positions = sum(shard.live_positions() for shard in self._known.shards)
         return {
-            "rows": sum(int(shard.live.sum()) for shard in self._known.shards),
+            "rows": sum(len(shard.live_rows()) for shard in self._known.shards),
             "positions": positions,
             "bytes": size,
             "bytes_per_position": size / positions if positions else 0.0,
@@ -189,19 +189,19 @@ class MmapCacheFolder:
             "codec": dict(self._spec.codec),
         }
 
-    def _good(self, row: RowPositions, found: Sequence[Found]) -> Found:
-        if not found:
-            self._known.refresh()
-            found = self._known.covering([row])[0]
-        for shard, i, chosen in found:
-            if shard.check(i):
-                return shard, i, chosen
-        name = row.key.hex()
+    def _sound(self, row: RowPositions) -> Found:
+        """A row that is not known to be sound: another process may have written it since."""
+        self._known.refresh()
+        found = self._known.sound(row)
         if found:
-            path = self.folder / found[0][0].name
-            raise DamagedError(f"{path}: row {name} is damaged; {_REMEDY}")
+            return found
+        name = row.key.hex()
+        for shard, _, _ in self._known.covering(row):
+            raise DamagedError(f"{self.folder / shard.name}: row {name} is damaged; {_REMEDY}")
+        hurt = [f"{shard} {reason}" for shard, reason in self._known.broken.items()]
         raise DamagedError(
             f"{self.folder}: row {name} is not there with all positions asked; {_REMEDY}"
+            + "".join(f"\n{self.folder}: {fault}" for fault in hurt[:_FAULTS_SHOWN])
         )
 
     def _commit(self, rows: int, data: bytearray) -> None:
