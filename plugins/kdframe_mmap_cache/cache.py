@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdframe.api import BadRow, CacheSpec, DamagedError, InputError, RowPositions, durable
-from kdframe_mmap_cache import journal, kept, manifest
+from kdframe_mmap_cache import journal, kept, leftovers, manifest
 from kdframe_mmap_cache.catalogue import Catalogue, Found
-from kdframe_mmap_cache.shard import KEY_BYTES, index_sum, pack
+from kdframe_mmap_cache.shard import ALL, KEY_BYTES, index_sum, pack
 
 _REMEDY = "`kdframe cache verify --repair` computes it again"
+_DISAGREES = "the checksum disagrees"
 _FAULTS_SHOWN = 3
+_TRIES = 3
 
 
 class MmapCacheFolder:
@@ -44,6 +47,7 @@ class MmapCacheFolder:
         manifest.open_folder(folder, spec)
         self._known = Catalogue(folder, spec.record_bytes)
         self.refresh()
+        self._clear()
 
     def refresh(self) -> None:
         """Take in what other processes have written since."""
@@ -90,7 +94,8 @@ class MmapCacheFolder:
         found = [self._known.sound(row) or self._sound(row) for row in rows]
         if len(found) == 1:
             shard, i, chosen = found[0]
-            return shard.records(i)[chosen]
+            records = shard.records(i)
+            return records if chosen is ALL else records[chosen]
         total = sum(len(row.positions) for row in rows)
         out = np.empty((total, self._spec.record_bytes), np.uint8)
         end = 0
@@ -138,22 +143,23 @@ class MmapCacheFolder:
         """Check every row against the disk: how many there are, and the bad ones.
 
         A damaged index (its rows are not known) has an empty `row`; so has a damaged line of the
-        journal.
+        journal. Something kept that is damaged is there by its file's name.
         """
         self._known.start_over()  # a shard that is opened anew remembers no check
         self.refresh()
+        self._clear()
         bad = [
             BadRow("", journal.NAME, f"line {number} is damaged")
             for number in self._known.journal.damaged
         ]
         bad += [BadRow("", name, reason) for name, reason in self._known.broken.items()]
+        bad += [BadRow("", kept.file_name(name), _DISAGREES) for name in kept.damaged(self.folder)]
         count = 0
         for shard in self._known.shards:
             for i in shard.live_rows():
                 count += 1
                 if not shard.check(i):
-                    reason = "the checksum disagrees"
-                    bad.append(BadRow(shard.key(i).hex(), shard.name, reason))
+                    bad.append(BadRow(shard.key(i).hex(), shard.name, _DISAGREES))
             shard.close()
         return count, bad
 
@@ -161,16 +167,25 @@ class MmapCacheFolder:
         """Forget rows, so that they are missing; durable on return.
 
         With an empty `row` the whole shard is forgotten, or the journal's damaged lines.
+
+        Raises:
+            DamagedError: something kept is among them (the rows are forgotten all the same): it
+                may be what the records are read with, so it cannot be made anew beside them.
         """
         if any(bad.row and len(bytes.fromhex(bad.row)) != KEY_BYTES for bad in rows):
             raise ValueError("a row is named by its key in hexadecimal")
-        pairs = [[bad.row, bad.shard] for bad in rows if bad.shard != journal.NAME]
+        names = {bad.shard for bad in rows}
+        ours = {journal.NAME, *map(kept.file_name, kept.names(self.folder))}
+        pairs = [[bad.row, bad.shard] for bad in rows if bad.shard not in ours]
         with durable.lock(self.folder / manifest.LOCK):
-            if len(pairs) < len(rows):
+            if journal.NAME in names:
                 self._known.journal.mend()
             if pairs:
                 self._known.journal.append({"drop": pairs})
         self.refresh()
+        for name in kept.names(self.folder):
+            if kept.file_name(name) in names:
+                kept.read(self.folder, name)
 
     def info(self) -> dict[str, Any]:
         """Counts and sizes as plain data; `bytes` is that of the files."""
@@ -207,11 +222,15 @@ class MmapCacheFolder:
     def _commit(self, rows: int, data: bytearray) -> None:
         name = f"shard-{uuid.uuid4().hex[:12]}.bin"
         durable.require_space(self.folder, len(data), f"{rows} rows of the cache")
-        entry = {"shard": name, "rows": rows, "bytes": len(data)}
+        entry = {
+            "shard": name,
+            "rows": rows,
+            "bytes": len(data),
+            "index": f"{index_sum(data):016x}",
+        }
         try:
-            durable.write_bytes(self.folder / name, memoryview(data))
-            with durable.lock(self.folder / manifest.LOCK):
-                self._known.journal.append({**entry, "index": f"{index_sum(data):016x}"})
+            if not any(self._announced(name, data, entry) for _ in range(_TRIES)):
+                raise DamagedError(f"{self.folder / name} is removed again and again")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -220,3 +239,26 @@ class MmapCacheFolder:
                 "rows written before are kept: free some space and start again"
             ) from error
         self.refresh()
+
+    def _announced(self, name: str, data: bytearray, entry: Mapping[str, Any]) -> bool:
+        """Write a shard and announce it; False where it was taken for a leftover meanwhile."""
+        path = self.folder / name
+        try:
+            durable.write_bytes(path, memoryview(data))
+        except FileNotFoundError:
+            return False
+        with durable.lock(self.folder / manifest.LOCK):
+            if path.exists():
+                self._known.journal.append(entry)
+                return True
+        return False
+
+    def _clear(self) -> None:
+        """Remove what killed writers left, where the journal is whole and the folder writable."""
+        known = self._known
+        if known.journal.damaged or not leftovers.found(self.folder, known.announced()):
+            return
+        with contextlib.suppress(OSError), durable.lock(self.folder / manifest.LOCK):
+            self.refresh()
+            if not (known.journal.damaged or known.strange):
+                leftovers.remove(self.folder, known.announced())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from kdframe_mmap_cache.journal import Journal
 from kdframe_mmap_cache.shard import Chosen, Shard, ShardError
 
 _MAPS = 4096  # shards mapped at once; a process may have some 65,000 maps
+_OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+_MOST = min(_MAPS, max(1, _OPEN_FILES // 2))  # a map keeps its file open
 
 Found = tuple[Shard, int, Chosen]
 """A shard, a row of it, and which of the row's positions."""
@@ -23,6 +26,7 @@ class Catalogue:
     Attributes:
         shards: those whose index is sound.
         broken: what is wrong with the others, by name. Their rows are missing.
+        strange: whether the journal has entries that are not understood.
         journal: where shards are announced.
     """
 
@@ -49,6 +53,7 @@ class Catalogue:
             raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
         if fresh:
             self._forget_rows()
+        before = len(self.shards)
         for entry in entries:
             match entry:
                 case {"shard": str(name), "index": str(index)}:
@@ -56,6 +61,13 @@ class Catalogue:
                 case {"drop": list(pairs)}:
                     for row, name in pairs:
                         self._take_out(row, name)
+                case _:
+                    self.strange = True
+        self._index.add([shard.keys for shard in self.shards[before:]])
+
+    def announced(self) -> set[str]:
+        """The names of all shards that were announced, but for those that were dropped broken."""
+        return {*self._names, *self.broken}
 
     def covering(self, row: RowPositions) -> Iterator[Found]:
         """Every place that has all positions of a row, in the order in which they were announced.
@@ -67,7 +79,7 @@ class Catalogue:
             if not shard.live[i]:
                 continue
             if not shard.mapped:
-                self._make_room(shard)
+                self._make_room()
             try:
                 chosen = shard.chosen(i, row.positions)
             except ShardError:
@@ -87,7 +99,8 @@ class Catalogue:
         self.shards: list[Shard] = []
         self._names: dict[str, int] = {}
         self.broken: dict[str, str] = {}
-        self._mapped: set[Shard] = set()
+        self.strange = False
+        self._maps = 0
 
     def _take_in(self, name: str, index: str) -> None:
         if name in self._names:
@@ -100,7 +113,6 @@ class Catalogue:
             self.broken[name] = error.reason  # its rows are missing; `verify` tells of it
             return
         self._names[name] = len(self.shards)
-        self._index.add(shard.keys)
         self.shards.append(shard)
 
     def _take_out(self, row: str, name: str) -> None:
@@ -112,10 +124,10 @@ class Catalogue:
                 if not row or shard.key(i).hex() == row:
                     shard.live[i] = 0
 
-    def _make_room(self, shard: Shard) -> None:
+    def _make_room(self) -> None:
         """Before a shard is mapped: let go of the others, if there are too many."""
-        if len(self._mapped) >= _MAPS:
-            for mapped in self._mapped:
-                mapped.close()
-            self._mapped = set()
-        self._mapped.add(shard)
+        self._maps += 1
+        if self._maps > _MOST:
+            for shard in self.shards:
+                shard.close()
+            self._maps = 1

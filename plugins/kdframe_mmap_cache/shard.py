@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kdframe.api import DamagedError, RowPositions
+from kdframe.api import DamagedError, InputError, KdframeError, RowPositions
 
 KEY_BYTES = 16
 _MAGIC = b"kdfshard"
@@ -31,6 +31,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<8sIIQQ24xQ")  # magic, version, record bytes, rows, positions, checksum
 _POPULATE_READ = 22  # Linux 5.14; the module mmap has no name for it
 _COVERED = _HEADER.size - 8
+_NOTHING = np.empty((0, 0), np.uint8)
 ALL = slice(None)
 Chosen = slice | NDArray[np.int64]
 """Which of a row's positions: `ALL`, or their indices."""
@@ -108,6 +109,7 @@ class Shard:
         rows, size: number of rows; bytes of the file.
         keys: of all rows, one after the other.
         live: for each row 1, or 0 once it was dropped.
+        mapped: whether the file is mapped now.
     """
 
     def __init__(self, folder: Path, name: str, record_bytes: int) -> None:
@@ -117,11 +119,13 @@ class Shard:
             ShardError: the file is missing, no regular file, or not what was written.
         """
         if not _NAME.fullmatch(name):
-            raise ShardError(name, f"{name!r} is no name of a shard")
+            raise ShardError(name, f"{name!r} is no name of a shard in the folder: not opened")
         self.name = name
         self._path = folder / name
         self._record_bytes = record_bytes
+        self.mapped = False
         self._map: mmap.mmap | None = None
+        self._records: NDArray[np.uint8] = _NOTHING
         with self._opened() as file:
             self.size = os.fstat(file.fileno()).st_size
             index = file.read(_HEADER.size)
@@ -175,10 +179,9 @@ class Shard:
 
     def records(self, row: int) -> NDArray[np.uint8]:
         """A row's records `[n, B]`: a view of the file."""
-        first, last = self._starts[row], self._starts[row + 1]
-        size = self._record_bytes
-        at = self._at.records + first * size
-        return np.ndarray((last - first, size), np.uint8, self.map(), at)
+        if self._map is None:
+            self.map()
+        return self._records[self._starts[row] : self._starts[row + 1]]
 
     def check(self, row: int) -> bool:
         """Whether a row is what was written. A good one is remembered."""
@@ -193,14 +196,9 @@ class Shard:
         """Positions of the rows that were not dropped."""
         return sum(self._starts[row + 1] - self._starts[row] for row in self.live_rows())
 
-    @property
-    def mapped(self) -> bool:
-        """Whether the file is mapped now."""
-        return self._map is not None
-
     def close(self) -> None:
         """Let go of the map (views that were given out keep it alive)."""
-        self._map = None
+        self.mapped, self._map, self._records = False, None, _NOTHING
 
     def _sum(self, row: int) -> int:
         first, last = self._starts[row], self._starts[row + 1]
@@ -226,7 +224,14 @@ class Shard:
         try:
             return open(self._path, "rb", opener=_open_here)
         except OSError as error:
-            raise ShardError(self.name, f"cannot be opened ({error.strerror})") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> KdframeError:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard
+            return InputError(f"{self._path}: {error.strerror}; raise the limit (`ulimit -n`)")
+        if error.errno == errno.ELOOP:
+            return ShardError(self.name, "is a link, which may lead out of the folder: not opened")
+        return ShardError(self.name, f"cannot be opened ({error.strerror})")
 
     def _counts(self, header: bytes) -> tuple[int, int]:
         if len(header) < _HEADER.size:
@@ -253,7 +258,13 @@ class Shard:
                 # A map that ends beyond its file would kill the process when it is read.
                 if os.fstat(file.fileno()).st_size != self.size:
                     raise ShardError(self.name, f"no longer has its {self.size:,} bytes")
-                self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+                try:
+                    self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise self._unreadable(error) from error
+            shape = (self._starts[-1], self._record_bytes)
+            self._records = np.ndarray(shape, np.uint8, self._map, self._at.records)
+            self.mapped = True
         return self._map
 
 
