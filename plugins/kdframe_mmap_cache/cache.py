@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdframe.api import BadRow, CacheSpec, DamagedError, InputError, RowPositions, durable
 from kdframe_mmap_cache import journal, kept, leftovers, manifest
-from kdframe_mmap_cache.catalogue import Catalogue, Found
+from kdframe_mmap_cache.catalogue import Catalogue
 from kdframe_mmap_cache.shard import ALL, KEY_BYTES, index_sum, pack
 
 _REMEDY = "`kdframe cache verify --repair` computes it again"
@@ -91,17 +91,14 @@ class MmapCacheFolder:
         Raises:
             DamagedError: a row is absent, does not hold a position, or fails its checksum.
         """
-        found = [self._known.sound(row) or self._sound(row) for row in rows]
-        if len(found) == 1:
-            shard, i, chosen = found[0]
-            records = shard.records(i)
-            return records if chosen is ALL else records[chosen]
+        if len(rows) == 1:
+            return self._records(rows[0])
         total = sum(len(row.positions) for row in rows)
         out = np.empty((total, self._spec.record_bytes), np.uint8)
         end = 0
-        for row, (shard, i, chosen) in zip(rows, found, strict=True):
+        for row in rows:
             begin, end = end, end + len(row.positions)
-            out[begin:end] = shard.records(i)[chosen]
+            out[begin:end] = self._records(row)
         return out
 
     def stored(self) -> list[RowPositions]:
@@ -204,17 +201,24 @@ class MmapCacheFolder:
             "codec": dict(self._spec.codec),
         }
 
-    def _sound(self, row: RowPositions) -> Found:
-        """A row that is not known to be sound: another process may have written it since."""
-        self._known.refresh()
+    def _records(self, row: RowPositions) -> NDArray[np.uint8]:
         found = self._known.sound(row)
-        if found:
-            return found
+        if found is None:
+            self._known.refresh()  # another process may have written it since
+            found = self._known.sound(row)
+        if found is None:
+            raise self._unsound(row)
+        shard, i, chosen = found
+        records = shard.records(i)
+        return records if chosen is ALL else records[chosen]
+
+    def _unsound(self, row: RowPositions) -> DamagedError:
         name = row.key.hex()
-        for shard, _, _ in self._known.covering(row):
-            raise DamagedError(f"{self.folder / shard.name}: row {name} is damaged; {_REMEDY}")
+        shard = self._known.damaged(row)
+        if shard:
+            return DamagedError(f"{self.folder / shard.name}: row {name} is damaged; {_REMEDY}")
         hurt = [f"{shard} {reason}" for shard, reason in self._known.broken.items()]
-        raise DamagedError(
+        return DamagedError(
             f"{self.folder}: row {name} is not there with all positions asked; {_REMEDY}"
             + "".join(f"\n{self.folder}: {fault}" for fault in hurt[:_FAULTS_SHOWN])
         )

@@ -94,6 +94,14 @@ class Catalogue:
                 return found
         return None
 
+    def damaged(self, row: RowPositions) -> Shard | None:
+        """The first shard in which a row is not what was written, whatever its positions say."""
+        for number, i in self._index.find(row.key):
+            shard = self.shards[number]
+            if shard.live[i] and not shard.check(i):
+                return shard
+        return None
+
     def _forget_rows(self) -> None:
         self._index = KeyIndex()
         self.shards: list[Shard] = []

@@ -100,7 +100,9 @@ def test_a_folder_in_the_place_of_a_shard_is_refused(tmp_path):
 def test_a_newer_shard_asks_for_a_newer_kdframe(tmp_path):
     data = packed()
     struct.pack_into("<I", data, 8, 2)
-    with pytest.raises(ShardError, match="newer kdframe .*version is 2, .*install a newer kdframe"):
+    with pytest.raises(
+        ShardError, match=r"newer kdframe .*version is 2, .*install a newer kdframe"
+    ):
         opened(tmp_path, data)
 
 
