@@ -219,10 +219,17 @@ class Cache(Protocol):
         """The names under which something is kept, in order."""
 
     def verify(self) -> tuple[int, list[BadRow]]:
-        """How many rows there are, and every one whose bytes are not what was written."""
+        """How many rows there are, and every one whose bytes are not what was written.
+
+        Something kept that is damaged may be told too, with an empty `row`.
+        """
 
     def drop(self, rows: Sequence[BadRow]) -> None:
-        """Forget rows, so that they are missing."""
+        """Forget rows, so that they are missing.
+
+        Raises:
+            DamagedError: something kept is among them, which cannot be computed again.
+        """
 
     def info(self) -> dict[str, Any]:
         """Counts and sizes as plain data: `rows`, `positions`, `bytes`, `shards`, `identity`."""
