@@ -117,7 +117,7 @@ class MmapCacheFolder:
         """The shards that hold a row."""
         self.refresh()
         nothing = RowPositions(key, np.empty(0, np.int32))
-        return [shard.name for shard, *_ in self._known.covering([nothing])[0]]
+        return [shard.name for shard, *_ in self._known.covering(nothing)]
 
     def keep(self, name: str, data: bytes) -> None:
         """Keep something beside the records, durable on return. The first to come stays."""
