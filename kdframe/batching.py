@@ -84,7 +84,7 @@ class TokenRows:
 
     def key(self, i: int) -> bytes:
         """16 bytes: the hash of the row's ids (int32, little-endian), and of nothing else."""
-        return _hash(self.row(i).astype("<i4").tobytes())
+        return row_key(self.row(i))
 
     def request(self, i: int) -> RowPositions:
         """The row as a cache is asked for it."""
@@ -131,6 +131,11 @@ class Collated:
     row_of: NDArray[np.int64]
     rows: tuple[int, ...]
     taught: NDArray[np.bool_]
+
+
+def row_key(ids: NDArray[np.int32]) -> bytes:
+    """The key of a row of these token ids, 16 bytes."""
+    return _hash(ids.astype("<i4").tobytes())
 
 
 def epoch_rows(rows: TokenRows, *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -9,8 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Self,
+    runtime_checkable,
+)
 
+from pydantic import Field
+
+from kdframe.errors import InputError
 from kdframe.part import Part, TargetForm
 
 if TYPE_CHECKING:
@@ -19,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kdframe.heads import TeacherOutputs
-    from kdframe.targets import TeacherTargets
+    from kdframe.targets import TeacherTargets, TruncatedTargets
 
 
 # ------------------------------------------------------------------------------------- codecs
@@ -48,6 +60,22 @@ class Codec(Protocol):
         """Records `[n, B]` to targets."""
 
 
+@runtime_checkable
+class TruncatedCodec(Codec, Protocol):
+    """A codec that can also keep a truncated distribution as it is, without the teacher's logits.
+
+    It can take what was computed elsewhere: `kdframe cache import`.
+    """
+
+    def encode_truncated(self, targets: TruncatedTargets) -> NDArray[np.uint8]:
+        """`n` positions to records `[n, B]`; a record's first `k` ids are the likeliest.
+
+        Raises:
+            InputError: the targets do not say all that a record holds (the tail at more
+                temperatures, say); names the setting.
+        """
+
+
 class CodecConfig(Part):
     """Settings of a codec."""
 
@@ -57,6 +85,17 @@ class CodecConfig(Part):
     """Whether it reads the teacher's final hidden states (not every teacher has them apart)."""
     fits: ClassVar[bool] = False
     """Whether it is fitted to the teacher before the first record: see `fit`."""
+
+    @classmethod
+    def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
+        """Settings that `kdframe plan` compares, for a loss that reads `temperatures`.
+
+        The defaults alone, unless a codec with a setting of size says more.
+
+        Raises:
+            pydantic.ValidationError: a setting has no default.
+        """
+        return (cls(),)  # type: ignore[call-arg]
 
     def serves(self, temperature: float) -> bool:
         """Whether the targets can be read at `temperature`."""
@@ -159,6 +198,9 @@ class Cache(Protocol):
     def stored(self) -> Sequence[RowPositions]:
         """Every row that is there, each once, with the positions that it holds."""
 
+    def places(self, key: bytes) -> list[str]:
+        """Names of the shards (or of what a `BadRow` calls so) that hold a row."""
+
     def keep(self, name: str, data: bytes) -> None:
         """Keep something small beside the records, durable on return. The first to come stays.
 
@@ -177,10 +219,17 @@ class Cache(Protocol):
         """The names under which something is kept, in order."""
 
     def verify(self) -> tuple[int, list[BadRow]]:
-        """How many rows there are, and every one whose bytes are not what was written."""
+        """How many rows there are, and every one whose bytes are not what was written.
+
+        Something kept that is damaged may be told too, with an empty `row`.
+        """
 
     def drop(self, rows: Sequence[BadRow]) -> None:
-        """Forget rows, so that they are missing."""
+        """Forget rows, so that they are missing.
+
+        Raises:
+            DamagedError: something kept is among them, which cannot be computed again.
+        """
 
     def info(self) -> dict[str, Any]:
         """Counts and sizes as plain data: `rows`, `positions`, `bytes`, `shards`, `identity`."""
@@ -192,6 +241,17 @@ class CacheConfig(Part):
     codec: Any
     not_numbers: Literal["error", "drop_row", "mask_position"] = "error"
     """What to do where the teacher's logits hold NaN or +inf, or nothing but -inf."""
+    imported: Annotated[str, Field(min_length=1)] | None = None
+    """The name of a teacher whose predictions are imported, not computed here: it stands in the
+    cache's identity in place of the weights, and the teacher's weights are never asked."""
+
+    def at(self, folder: Path) -> Self:
+        """These settings for a cache in another folder, to be merged into this one.
+
+        Raises:
+            InputError: this kind of cache has no folder.
+        """
+        raise InputError(f"cache: kind {self.kind!r} has no folder to merge from; use another kind")
 
     def open(self, spec: CacheSpec) -> Cache:
         """Open the cache, or begin it.

@@ -58,7 +58,7 @@ def fill(
     done = {"rows": 0.0, "tokens": 0.0, "seconds": 0.0}
     if not missing:
         return done
-    ids = _token_ids(sets, missing)
+    ids = token_ids(sets, missing)
     needed = sum(len(r.positions) for r in missing.values()) * store.codec.record_bytes
     store.cache.require_room(int(needed * 1.1), "the teacher cache")
     plan = _plan(store.cache.folder, missing, ids, batch_tokens)
@@ -230,9 +230,10 @@ def _fit(
     codec.fit(TeacherOutputs(torch.cat(states)[:FIT_POSITIONS], head))
 
 
-def _token_ids(
+def token_ids(
     sets: Sequence[TokenRows], wanted: Mapping[bytes, Any]
 ) -> dict[bytes, NDArray[np.int32]]:
+    """The token ids of the wanted rows, by key."""
     found: dict[bytes, NDArray[np.int32]] = {}
     for rows in sets:
         for i in range(len(rows)):

@@ -106,7 +106,13 @@ def _data_faults(experiment: Experiment) -> list[str]:
 
 
 def _model_faults(experiment: Experiment) -> list[str]:
-    named = [("teacher.model", experiment.teacher.model)]
+    # Nobody asks the weights of a teacher whose predictions are imported, unless they are cut.
+    asked = experiment.cache.imported is None or experiment.student.model is None
+    named = [("teacher.model", experiment.teacher.model, asked)]
     if experiment.student.model is not None:
-        named.append(("student.model", experiment.student.model))
-    return [f"{path}: {fault}" for path, model in named for fault in locating.check(model)]
+        named.append(("student.model", experiment.student.model, True))
+    return [
+        f"{path}: {fault}"
+        for path, model, weights in named
+        for fault in locating.check(model, weights)
+    ]

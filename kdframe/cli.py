@@ -15,7 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from kdframe import __version__, checks, cli_cache, cli_plugins, plugins, reading, runs, terminal
+from kdframe import (
+    __version__,
+    checks,
+    cli_cache,
+    cli_plan,
+    cli_plugins,
+    plugins,
+    reading,
+    runs,
+    terminal,
+)
 from kdframe.checks import Guard
 from kdframe.errors import InputError, KdframeError
 from kdframe.experiment import Experiment
@@ -36,7 +46,8 @@ HELP = """\
 Distil a language model: a large teacher reads your text once, its predictions are kept in a
 cache, and a small student learns from them, is measured, and exported.
 
-`kdframe check EXPERIMENT` says what a run would cost; `kdframe run EXPERIMENT` does it all.
+`kdframe check EXPERIMENT` says what a run would cost; `kdframe plan EXPERIMENT` which codec keeps
+enough of your teacher; `kdframe run EXPERIMENT` does it all.
 """
 
 app = typer.Typer(
@@ -118,6 +129,9 @@ def check(
             terminal.show_estimate(loaded, estimate)
     if _errors(guards):
         raise typer.Exit(2)
+
+
+app.command()(cli_plan.plan)
 
 
 @app.command()

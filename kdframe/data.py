@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kdframe import sources
+from kdframe import records, sources
 from kdframe.batching import TokenRows
 from kdframe.errors import InputError
 from kdframe.experiment import Data, Source
@@ -245,7 +245,7 @@ def _applied(function: Callable[[Any], Any], name: str, row: sources.Row) -> lis
         reason = f"raised {type(error).__name__}: {error}"
         raise ValueError(f"transform {name!r} {reason}; mend the function") from error
     rows = made if isinstance(made, list) else [made] * (made is not None)
-    strange = [sources.shown(new) for new in rows if not isinstance(new, dict)]
+    strange = [records.shown(new) for new in rows if not isinstance(new, dict)]
     if strange:
         raise ValueError(f"transform {name!r} gave {strange[0]}; return dicts, or None")
     return rows

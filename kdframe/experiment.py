@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from kdframe.cache_parts import CacheConfig
+from kdframe.cache_parts import CacheConfig, CodecConfig
 from kdframe.part import Place
 from kdframe.parts import EvaluatorConfig, ExporterConfig, LossConfig, ProjectionConfig
 from kdframe.plugins import Slot
@@ -249,13 +249,8 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _cache_serves_loss(self) -> Self:
         codec = self.cache.codec
-        # A loss meets hidden states as the dense distribution that they make.
-        met = "dense" if codec.form == "hidden" else codec.form
-        if met not in self.loss.accepts:
-            raise ValueError(
-                f"loss {self.loss.kind!r} does not accept {codec.form} targets, which codec "
-                f"{codec.kind!r} gives; it accepts: {', '.join(sorted(self.loss.accepts))}"
-            )
+        if fault := form_fault(self.loss, codec):
+            raise ValueError(fault)
         for temperature in self.loss.temperatures():
             if not codec.serves(temperature):
                 raise ValueError(
@@ -288,9 +283,27 @@ class Experiment(Section):
 
         return pipeline.run(self, pipeline.Where(**where))
 
+    def plan(self, **how: Any) -> Any:
+        """Measure on some of the data what each codec keeps. See `kdframe.codec_plan.plan`."""
+        from kdframe import codec_plan
+
+        return codec_plan.plan(self, **how)
+
     def fingerprint(self) -> str:
         """Hash of all settings but the name, and where the run runs."""
         return fingerprint({k: v for k, v in self.plain().items() if k not in ("name", "runtime")})
+
+
+def form_fault(loss: LossConfig, codec: CodecConfig) -> str:
+    """Why a loss cannot read what a codec gives; empty if it can."""
+    # A loss meets hidden states as the dense distribution that they make.
+    met = "dense" if codec.form == "hidden" else codec.form
+    if met in loss.accepts:
+        return ""
+    return (
+        f"loss {loss.kind!r} does not accept {codec.form} targets, which codec "
+        f"{codec.kind!r} gives; it accepts: {', '.join(sorted(loss.accepts))}"
+    )
 
 
 def fingerprint(plain: Any) -> str:

@@ -57,15 +57,19 @@ def locate(model: str, holds: str = "config.json") -> Located:
     return Located("hub", model)
 
 
-def check(model: str) -> list[str]:
-    """The faults of a model that can be seen without loading it, one line each."""
+def check(model: str, weights: bool = True) -> list[str]:
+    """The faults of a model that can be seen without loading it, one line each.
+
+    Args:
+        weights: whether its weights are needed.
+    """
     try:
         found = locate(model)
     except InputError as error:
         return list(error.faults)
     if found.kind == "gguf":
         return _gguf_faults(model, Path(found.path, found.file or ""))
-    return _folder_faults(model, Path(found.path)) if found.kind == "folder" else []
+    return _folder_faults(model, Path(found.path), weights) if found.kind == "folder" else []
 
 
 @contextlib.contextmanager
@@ -168,13 +172,14 @@ def _gguf_faults(model: str, path: Path) -> list[str]:
     return []
 
 
-def _folder_faults(model: str, folder: Path) -> list[str]:
+def _folder_faults(model: str, folder: Path, weights: bool) -> list[str]:
     faults = []
     try:
         json.loads((folder / "config.json").read_text("utf-8"))
     except ValueError as error:
         faults.append(f"model {model!r}: config.json is not JSON ({error}); download it again")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+    there = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    if weights and not there:
         faults.append(f"model {model!r} holds no weights (*.safetensors or *.bin); add them")
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         faults.append(f"model {model!r} holds no tokenizer; save one with its save_pretrained")

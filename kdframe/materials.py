@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from kdframe import data, models, tokenizers, weights
 from kdframe.batching import TokenRows
-from kdframe.cache_parts import TeacherShape
+from kdframe.cache_parts import CacheSpec, TeacherShape
 from kdframe.errors import InputError
 from kdframe.experiment import Experiment
 from kdframe.left_out import LeftOut
 from kdframe.progress import Progress
-from kdframe.teacher_cache import TeacherCache, cache_identity, open_cache
+from kdframe.teacher_cache import TeacherCache, cache_identity, cache_spec, open_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +108,26 @@ class Materials:
         if self.__dict__.pop("teacher", None) is not None:
             gc.collect()
 
+    def new_student(self) -> Any:
+        """The student as it is before training; what the loop trains, adapters and all."""
+        experiment = self.experiment
+        return models.load_student(
+            experiment.student,
+            teacher=experiment.teacher,
+            teacher_model=None if experiment.student.from_teacher is None else self.teacher,
+            device=self.device,
+            seed=experiment.training.seed,
+        )
+
+    def require_one_vocabulary(self) -> None:
+        """Raise what stands before a teacher of another vocabulary.
+
+        Raises:
+            InputError: the experiment has a projection.
+        """
+        if self.experiment.projection is not None:
+            raise InputError("projection: not applied yet; use two models of one tokenizer")
+
     @functools.cached_property
     def store(self) -> TeacherCache:
         """The open teacher cache.
@@ -115,16 +135,25 @@ class Materials:
         Raises:
             InputError: it holds another teacher, or the vocabularies need a projection.
         """
-        if self.experiment.projection is not None:
-            raise InputError("projection: not applied yet; use two models of one tokenizer")
-        teacher = self.experiment.teacher
-        identity = cache_identity(
-            weights=weights.weights_fingerprint(teacher),
+        self.require_one_vocabulary()
+        settings = self.experiment.cache
+        return open_cache(settings, self._identity, self.teacher_shape, self.caches)
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What the teacher cache must hold."""
+        settings = self.experiment.cache
+        return cache_spec(settings, self._identity, self.teacher_shape, self.caches)
+
+    @functools.cached_property
+    def _identity(self) -> dict[str, str]:
+        teacher, imported = self.experiment.teacher, self.experiment.cache.imported
+        return cache_identity(
+            weights=f"imported: {imported}" if imported else weights.weights_fingerprint(teacher),
             tokenizer=tokenizers.fingerprint(self.tokenizer),
             template=tokenizers.template_fingerprint(self.tokenizer),
             settings=teacher.model_dump(include={"dtype", "quantize"}),
         )
-        return open_cache(self.experiment.cache, identity, self.teacher_shape, self.caches)
 
     @property
     def held_out(self) -> dict[str, TokenRows]:

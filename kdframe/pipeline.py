@@ -10,16 +10,15 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdframe import caching, checks, data, durable, evaluation, exporting, models, tokenizers
+from kdframe import cache_commands, checks, data, durable, evaluation, exporting, models, tokenizers
 from kdframe import training as loop
-from kdframe.cache_parts import BadRow
 from kdframe.errors import InputError, Interrupted
 from kdframe.experiment import Experiment, Student
 from kdframe.materials import Materials
@@ -27,30 +26,18 @@ from kdframe.model_card import model_card
 from kdframe.packing import check_packing
 from kdframe.parts import ExportContext, ExporterConfig, Role
 from kdframe.plugins import installed
-from kdframe.progress import Progress, Quiet
+from kdframe.progress import Progress
 from kdframe.runs import RunFolder
 from kdframe.runtime import InProcess, Line
+from kdframe.where import Where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["Outcome", "Where", "evaluate", "export_folder", "run", "train"]
+
 PROBE_ROWS = 4
 PROBE_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where a run keeps its files, and how it talks.
-
-    Attributes:
-        runs: the folder of all runs; caches: the folder of all teacher caches.
-        stop: asked after every step; true leaves after a checkpoint.
-    """
-
-    runs: Path = Path("runs")
-    caches: Path = Path("cache")
-    progress: Progress = field(default_factory=Quiet)
-    stop: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -95,50 +82,6 @@ def evaluate(experiment: Experiment, where: Where) -> Outcome:
         stages.train()
         stages.evaluate("student")
         return _outcome(stages.folder)
-
-
-def fill_cache(experiment: Experiment, where: Where) -> tuple[dict[str, float], dict[str, Any]]:
-    """Fill the cache outside a run: what was computed, and what it holds."""
-    materials = Materials(experiment, where.caches, where.progress)
-    did = _fill(materials, where)
-    return did, _info(materials)
-
-
-def cache_info(experiment: Experiment, where: Where) -> dict[str, Any]:
-    """What the experiment's cache holds."""
-    return _info(Materials(experiment, where.caches, where.progress))
-
-
-def verify_cache(experiment: Experiment, where: Where, *, repair: bool) -> tuple[int, list[BadRow]]:
-    """How many rows the cache has, and the damaged ones; `repair` computes those again."""
-    materials = Materials(experiment, where.caches, where.progress)
-    rows, bad = materials.store.cache.verify()
-    if bad and repair:
-        materials.store.cache.drop(bad)
-        _fill(materials, where)
-    return rows, bad
-
-
-def _fill(materials: Materials, where: Where) -> dict[str, float]:
-    def leave_if_asked() -> None:
-        if where.stop():
-            raise Interrupted("stopped while the teacher reads; run it again to go on")
-
-    did = caching.fill(
-        materials.store,
-        [materials.dataset.train, *materials.held_out.values()],
-        lambda: materials.teacher,
-        batch_tokens=materials.experiment.evaluation.batch_tokens,
-        progress=materials.progress,
-        on_commit=leave_if_asked,
-    )
-    materials.leave_out()
-    return did
-
-
-def _info(materials: Materials) -> dict[str, Any]:
-    cache = materials.store.cache
-    return {"folder": str(cache.folder), **cache.info()}
 
 
 @contextlib.contextmanager
@@ -219,16 +162,20 @@ class Stages:
         """Have the teacher read every row that the cache does not hold."""
         dataset = self.materials.dataset
         self.folder.note(counts={name: c.plain() for name, c in dataset.counts.items()})
-        did = _fill(self.materials, self.where)
-        info = _info(self.materials)
+        did = cache_commands.fill(self.materials, self.where)
+        info = cache_commands.info(self.materials)
         self.folder.note(cache={"folder": info["folder"], "bytes": info["bytes"]})
         if did["rows"] or self.folder.done("cache") is None:
             self.folder.finish("cache", did, did["seconds"])
         return did
 
     def evaluate(self, role: Role) -> None:
-        """Measure one of the models; `evaluation.json` holds all that was measured so far."""
-        if self.folder.done(f"evaluate {role}") is None:
+        """Measure one of the models; `evaluation.json` holds all that was measured so far.
+
+        A teacher whose predictions are imported is not measured: it may not be here.
+        """
+        absent = role == "teacher" and self.experiment.cache.imported is not None
+        if not absent and self.folder.done(f"evaluate {role}") is None:
             began = time.monotonic()
             figures = evaluation.evaluate(
                 role,
@@ -365,10 +312,11 @@ class Stages:
 
 
 def _facts(experiment: Experiment) -> dict[str, str]:
-    loss = experiment.loss.model_dump(mode="json")
+    loss, imported = experiment.loss.model_dump(mode="json"), experiment.cache.imported
     return {
         "name": experiment.name,
         "teacher": experiment.teacher.model,
+        **({"predictions imported from": imported} if imported else {}),
         "student": experiment.student.model or "cut from the teacher's layers",
         "data": ", ".join(Path(source.path).name for source in experiment.data.train),
         "loss": ", ".join(f"{key} {value}" for key, value in loss.items()),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdframe import batching, caching, durable, models
+from kdframe import batching, caching, durable, models, sampling
 from kdframe.batching import TokenRows
 from kdframe.checks import Guard
 from kdframe.errors import InputError
@@ -139,13 +139,7 @@ def _scratch_store(materials: Materials, folder: Path) -> TeacherCache:
 def _train_on(materials: Materials, sample: TokenRows, store: TeacherCache) -> float:
     """Seconds of the student's forward and backward passes over the sample, by micro-batches."""
     experiment = materials.experiment
-    student = models.load_student(
-        experiment.student,
-        teacher=experiment.teacher,
-        teacher_model=None if experiment.student.from_teacher is None else materials.teacher,
-        device=materials.device,
-        seed=experiment.training.seed,
-    )
+    student = materials.new_student()
     halves = Halves(models.causal_lm(student))
     module = StudentWithLoss(student, halves, experiment.loss.build())
 
@@ -184,7 +178,7 @@ def _reckon(materials: Materials, pace: Pace, sample: int) -> Estimate:
         + _trained_tokens(experiment, dataset.train) * pace.train
         + held * (pace.capture + 2 * evaluators * forward)
     )
-    sizes = _sizes(materials, pace, _positions(sets))
+    sizes = _sizes(materials, pace, sampling.positions(sampling.taught_rows(sets)))
     return Estimate(
         tokens=tokens,
         sample_tokens=sample,
@@ -205,16 +199,6 @@ def _trained_tokens(experiment: Experiment, rows: TokenRows) -> float:
     row = experiment.data.max_length if experiment.data.packing else float(rows.lengths.mean())
     step = training.batch_size * training.gradient_accumulation_steps * row
     return min(tokens, training.max_steps * step)
-
-
-def _positions(sets: Sequence[TokenRows]) -> int:
-    """Positions that the teacher reads; a row that stands in the data twice is read once."""
-    read = {
-        rows.key(int(i)): len(rows.positions(int(i)))
-        for rows in sets
-        for i in np.flatnonzero(rows.taught)
-    }
-    return sum(read.values())
 
 
 def _sizes(materials: Materials, pace: Pace, positions: int) -> dict[str, int]:

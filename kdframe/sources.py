@@ -15,8 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from kdframe import records
 from kdframe.errors import InputError
 from kdframe.experiment import Source
+from kdframe.records import shown
 
 Row = dict[str, Any]
 
@@ -30,7 +32,6 @@ _ENDINGS = (".jsonl", ".json", ".parquet", ".txt")
 _NEVER_HUB = frozenset((*_ENDINGS, ".csv", ".tsv", ".arrow", ".gz", ".zst", ".xz", ".zip"))
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BOM = b"\xef\xbb\xbf"
 _HEAD, _HEAD_ROWS = 4 << 20, 20_000
 _NAMED = 20
 
@@ -45,12 +46,6 @@ def refuse(faults: Iterable[str]) -> None:
     more = [f"... and {len(lines) - _NAMED:,} more rows that cannot be used"]
     if lines:
         raise InputError(*lines[:_NAMED], *more[: len(lines) > _NAMED])
-
-
-def shown(value: object) -> str:
-    """A value in at most 60 characters, for a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read(source: Source) -> Iterator[tuple[str, Row]]:
@@ -262,110 +257,15 @@ def _records(source: Source, budget: int | None) -> Iterator[tuple[str, object]]
         yield from _saved(saved)
         return
     files = _files(path)
-    readers = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
-    texts = partial(_texts, sample_by=source.sample_by)
+    readers = {
+        ".jsonl": records.json_lines,
+        ".json": records.json_values,
+        ".parquet": records.parquet,
+    }
+    texts = partial(records.texts, sample_by=source.sample_by)
     for file in files:
         reader = readers.get(file.suffix.lower(), texts)
         yield from reader(file, None if budget is None else budget // len(files))
-
-
-def _lines(path: Path, budget: int | None) -> Iterator[tuple[int, str | ValueError]]:
-    """Whole lines within the first `budget` bytes, from number 1."""
-    used = number = 0
-    with open(path, "rb") as file:
-        while line := file.readline(-1 if budget is None else budget - used + 1):
-            used += len(line)
-            if budget is not None and used > budget:
-                return
-            number += 1
-            yield number, _decoded(line.removeprefix(_BOM) if number == 1 else line)
-
-
-def _decoded(line: bytes) -> str | ValueError:
-    try:
-        return line.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        return ValueError(f"{byte} is not UTF-8; save the file as UTF-8")
-
-
-def _json_lines(path: Path, budget: int | None) -> Iterator[tuple[str, object]]:
-    for number, line in _lines(path, budget):
-        if isinstance(line, ValueError):
-            yield f"{path}:{number}", line
-        elif line.strip():
-            yield f"{path}:{number}", _parsed(line)
-
-
-def _parsed(line: str) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return ValueError(
-            f"{shown(line.strip())} is not JSON ({error}); write one JSON object on each line"
-        )
-
-
-def _json(path: Path, budget: int | None) -> Iterator[tuple[str, object]]:
-    """A list of objects, or JSON lines."""
-    with open(path, "rb") as file:
-        data = file.read(-1 if budget is None else budget).removeprefix(_BOM)
-        whole = not file.read(1)
-    if not data.lstrip().startswith(b"["):
-        yield from _json_lines(path, budget)
-        return
-    # Bad bytes become surrogates, which no text of a row may hold: the row is named.
-    text = data.decode(errors="surrogateescape")
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, seen, line = text.index("[") + 1, 0, 1
-    while True:
-        at = gap.match(text, at).end()  # type: ignore[union-attr]
-        if text.startswith("]", at) or (at == len(text) and not whole):
-            return
-        line, seen = line + text.count("\n", seen, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            if whole:
-                start = shown(text[at : at + 60])
-                yield f"{path}:{line}", ValueError(f"{start} is not JSON ({error}); mend the list")
-            return
-        yield f"{path}:{line}", value
-
-
-def _texts(path: Path, budget: int | None, *, sample_by: str) -> Iterator[tuple[str, object]]:
-    held: list[str] = []
-    start = 0
-    for number, line in _lines(path, budget):
-        if isinstance(line, ValueError):
-            yield f"{path}:{number}", line
-            continue
-        blank = not line.strip()
-        if held and (sample_by == "line" or (blank and sample_by == "paragraph")):
-            yield f"{path}:{start}", {"text": "\n".join(held)}
-            held = []
-        if held or not blank:
-            start = start if held else number
-            held.append(line)
-    if held:
-        yield f"{path}:{start}", {"text": "\n".join(held).rstrip("\n")}
-
-
-def _parquet(path: Path, budget: int | None) -> Iterator[tuple[str, object]]:
-    import pyarrow.parquet
-
-    number = used = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:row {number}", row
-            used += batch.nbytes
-            if budget is not None and used >= budget:
-                return
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        yield f"{path}:row {number + 1}", ValueError(f"not parquet ({reason}); write it again")
 
 
 def _saved(folder: Path) -> Iterator[tuple[str, object]]:

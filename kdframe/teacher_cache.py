@@ -65,6 +65,11 @@ class TeacherCache:
 
     def missing(self, sets: Iterable[TokenRows]) -> list[RowPositions]:
         """The taught rows that the cache does not hold yet, each once."""
+        wanted = self.wanted(sets)
+        return [wanted[i] for i in self.cache.missing(wanted)]
+
+    def wanted(self, sets: Iterable[TokenRows]) -> list[RowPositions]:
+        """The taught rows, each once, with the positions that count in any of the sets."""
         requests: dict[bytes, RowPositions] = {}
         left_out = LeftOut(self.cache)
         for rows in map(left_out.without, sets):
@@ -72,8 +77,7 @@ class TeacherCache:
                 request = rows.request(int(i))
                 known = requests.get(request.key)
                 requests[request.key] = request if known is None else _union(known, request)
-        wanted = list(requests.values())
-        return [wanted[i] for i in self.cache.missing(wanted)]
+        return list(requests.values())
 
 
 class FittedCodec:
@@ -122,6 +126,20 @@ class FittedCodec:
         return self._built
 
 
+def cache_spec(
+    settings: CacheConfig, identity: Mapping[str, str], shape: TeacherShape, default: Path
+) -> CacheSpec:
+    """What the cache of a teacher must hold; see `open_cache`."""
+    codec = settings.codec
+    whole = {**identity, "codec": json.dumps(codec.model_dump(mode="json"), sort_keys=True)}
+    return CacheSpec(
+        identity=whole,
+        folder=default / fingerprint(whole)[:12],
+        record_bytes=codec.record_bytes(shape),
+        codec=codec.model_dump(mode="json"),
+    )
+
+
 def open_cache(
     settings: CacheConfig, identity: Mapping[str, str], shape: TeacherShape, default: Path
 ) -> TeacherCache:
@@ -136,14 +154,7 @@ def open_cache(
         InputError: the folder holds another teacher's cache.
     """
     codec = settings.codec
-    whole = {**identity, "codec": json.dumps(codec.model_dump(mode="json"), sort_keys=True)}
-    spec = CacheSpec(
-        identity=whole,
-        folder=default / fingerprint(whole)[:12],
-        record_bytes=codec.record_bytes(shape),
-        codec=codec.model_dump(mode="json"),
-    )
-    cache = settings.open(spec)
+    cache = settings.open(cache_spec(settings, identity, shape, default))
     return TeacherCache(
         cache,
         FittedCodec(codec, shape, cache) if codec.fits else codec.build(shape),

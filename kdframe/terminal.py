@@ -24,8 +24,8 @@ from kdframe.experiment import Experiment
 from kdframe.progress import Log, Progress, Quiet, Terminal
 
 if TYPE_CHECKING:
-    from kdframe.pipeline import Where
     from kdframe.planning import Estimate
+    from kdframe.where import Where
 
 File = Annotated[
     Path, typer.Argument(help="An experiment: .yaml, or .py that defines `experiment`.")
@@ -157,7 +157,7 @@ def where(runs: Path, caches: Path, quiet: bool = False) -> Iterator[Where]:
     Ctrl-C and SIGTERM end the work at the next step, a second one at once. What libraries print
     meanwhile goes to standard error.
     """
-    from kdframe.pipeline import Where
+    from kdframe.where import Where
 
     asked: list[int] = []
 

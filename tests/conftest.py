@@ -26,8 +26,9 @@ TEMPLATE = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--real` runs the quickstart on the real teacher, which takes minutes."""
+    """`--real` runs the quickstart on the real teacher, `--faults` many more faults: minutes."""
     parser.addoption("--real", action="store_true", help="run the quickstart (takes minutes)")
+    parser.addoption("--faults", action="store_true", help="many more kills and damaged bytes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("quickstart"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes: run it with --real"))
+
+
+@pytest.fixture(scope="session")
+def all_faults(request: pytest.FixtureRequest) -> bool:
+    """Whether `--faults` asks for many faults, not a few."""
+    return bool(request.config.getoption("--faults"))
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def attempts(folder: Path, plain: dict, kills: list[dict], threads: int = 1) -> 
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300 + 15 * len(kills),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -38,8 +39,34 @@ def attempts(folder: Path, plain: dict, kills: list[dict], threads: int = 1) -> 
 
 def passes(folder: Path) -> int:
     """Forward passes of the teacher that were begun, by all children."""
-    path = folder / "passes"
-    return path.stat().st_size if path.exists() else 0
+    return sum(kind == "pass" for kind, _ in events(folder))
+
+
+def events(folder: Path) -> list[tuple[str, set[str]]]:
+    """What happened, in order, with the rows' keys: a `pass` begun, rows found `announced`."""
+    lines = (folder / "events").read_text("utf-8").splitlines()
+    return [(kind, set(keys)) for kind, *keys in map(str.split, lines)]
+
+
+def _note(folder: Path, kind: str, keys: Iterable[bytes]) -> None:
+    line = " ".join([kind, *(key.hex() for key in keys)])
+    with open(folder / "events", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def _announced(folder: Path) -> list[bytes]:
+    """The keys of all rows that the caches' journals announce."""
+    from kdframe_mmap_cache.journal import Journal
+    from kdframe_mmap_cache.shard import Shard
+
+    keys = []
+    for cache in (folder / "cache").glob("*/"):
+        manifest = cache / "manifest.json"
+        if manifest.exists() and (cache / "shards.jsonl").exists():
+            size = json.loads(manifest.read_text("utf-8"))["record_bytes"]
+            shards = [Shard(cache, e["shard"], size) for e in Journal(cache).news()[1]]
+            keys += [shard.key(row) for shard in shards for row in shard.live_rows()]
+    return keys
 
 
 def _child(plan: dict) -> None:
@@ -52,10 +79,9 @@ def _child(plan: dict) -> None:
     folder = Path(plan["folder"])
     capture = caching.capture
 
-    def counted(*arguments):
-        with open(folder / "passes", "ab") as file:
-            file.write(b".")
-        return capture(*arguments)
+    def counted(halves, codec, rows, requests, refused):
+        _note(folder, "pass", [request.key for request in requests])
+        return capture(halves, codec, rows, requests, refused)
 
     caching.capture = counted
     made = Experiment.model_validate(plan["experiment"])
@@ -102,6 +128,7 @@ def _attempt(plan: dict, kill: dict | None) -> dict:
         finally:
             os._exit(code)
     killed = wait_or_kill(pid, folder, name, kill)
+    _note(folder, "announced", _announced(folder))
     return {"killed": killed, "checkpoints_before": started, **_counts(folder, name)}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from kdframe import checks
@@ -72,3 +74,17 @@ def test_warnings_are_not_refused():
     checks.refuse([Guard("x", "warning", "careful")])
     with pytest.raises(InputError, match="wrong"):
         checks.refuse([Guard("x", "warning", "careful"), Guard("y", "error", "wrong")])
+
+
+def test_the_weights_of_a_teacher_whose_predictions_are_imported_are_not_missed(
+    experiment, tmp_path
+):
+    """Unless the student is cut from them."""
+    bare = tmp_path / "bare"
+    shutil.copytree(experiment.teacher.model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    without = experiment.with_({"teacher.model": str(bare)})
+    assert "holds no weights" in evidence(checks.inputs(without), "error")
+    imported = without.with_({"cache.imported": "served"})
+    assert checks.inputs(imported) == []
+    cut = {"student": {"from_teacher": {"layers": 1}}}
+    assert "holds no weights" in evidence(checks.inputs(imported.with_(cut)), "error")

@@ -63,6 +63,7 @@ def done(finished, monkeypatch) -> Path:
         ("schema", 0),
         ("check --static e.yaml", 0),
         ("check e.yaml data.train=nothing.jsonl", 2),
+        ("plan e.yaml data.train=nothing.jsonl", 2),
         ("run e.yaml loss.alpha=3", 2),
         ("run e.yaml teacher=./nowhere", 2),
         ("train --config e.yaml loss.kind=nope", 2),

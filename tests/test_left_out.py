@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdframe import caching, pipeline
+from kdframe import cache_commands, caching, pipeline
 from kdframe.api import TeacherShape
 from kdframe.cache_parts import RowPositions
 from kdframe.errors import InputError
@@ -87,8 +87,8 @@ def test_left_out_by_a_setting_the_run_goes_its_way(tmp_path, ill, not_numbers):
 @pytest.mark.parametrize("not_numbers", ["drop_row", "mask_position"])
 def test_what_is_left_out_is_not_asked_again(tmp_path, ill, not_numbers):
     made = ill(not_numbers=not_numbers)
-    first, _ = pipeline.fill_cache(made, where(tmp_path))
-    again, _ = pipeline.fill_cache(made, where(tmp_path))
+    first, _ = cache_commands.fill_cache(made, where(tmp_path))
+    again, _ = cache_commands.fill_cache(made, where(tmp_path))
     assert first["rows"] > 0
     assert again["rows"] == 0
 
@@ -137,7 +137,7 @@ def test_a_dropped_row_leaves_its_neighbours_as_they_were(tmp_path, faltering, t
 def test_a_held_out_row_goes_whole(tmp_path, ill):
     """A part of its text cannot be compared with the whole."""
     made = ill(not_numbers="mask_position")
-    pipeline.fill_cache(made, where(tmp_path))
+    cache_commands.fill_cache(made, where(tmp_path))
     materials = pipeline.Materials(made, tmp_path / "cache", Said())
     materials.leave_out()
     assert len(materials.dataset.validation) == 4

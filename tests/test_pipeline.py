@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdframe import pipeline
+from kdframe import cache_commands, pipeline
 from kdframe.errors import InputError, Interrupted
 from kdframe.hooks import hookimpl
 from kdframe.plugins import installed
@@ -167,14 +167,15 @@ def test_files_that_change_under_a_run_are_refused(tiny, tmp_path, prose):
 
 def test_repair_computes_damaged_rows_again(tiny, tmp_path):
     made = tiny()
-    _, info = pipeline.fill_cache(made, where(tmp_path))
+    _, info = cache_commands.fill_cache(made, where(tmp_path))
     shard = next((tmp_path / "cache").glob("*/shard-*.bin"))
     data = bytearray(shard.read_bytes())
     data[-100] ^= 1
     shard.write_bytes(data)
-    rows, bad = pipeline.verify_cache(made, where(tmp_path), repair=True)
-    assert (rows, len(bad)) == (info["rows"], 1)
-    assert pipeline.verify_cache(made, where(tmp_path), repair=False) == (info["rows"], [])
+    found = cache_commands.verify_cache(made, where(tmp_path), repair=True)
+    assert (found.rows, len(found.bad)) == (info["rows"], 1)
+    again = cache_commands.verify_cache(made, where(tmp_path))
+    assert (again.rows, again.bad) == (info["rows"], [])
 
 
 # ----------------------------------------------------------------------------------- stopping
@@ -183,11 +184,11 @@ def test_a_stop_while_the_teacher_reads_keeps_what_it_read(tiny, tmp_path):
     asked = iter([False, False, True])
     with pytest.raises(Interrupted, match="while the teacher reads; run it again"):
         pipeline.run(made, where(tmp_path, stop=lambda: next(asked)))
-    kept = pipeline.cache_info(made, where(tmp_path))["rows"]
+    kept = cache_commands.cache_info(made, where(tmp_path))["rows"]
     assert kept > 0
     outcome = run(made, tmp_path)
     read = manifest(outcome.folder)["done"]["cache"]["rows"]
-    assert kept + read == pipeline.cache_info(made, where(tmp_path))["rows"] == 33
+    assert kept + read == cache_commands.cache_info(made, where(tmp_path))["rows"] == 33
 
 
 def test_observers_are_told_how_a_run_ended(tiny, tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kdframe import pipeline, planning
+from kdframe import cache_commands, planning
 from kdframe.materials import Materials
 from kdframe.progress import Quiet
 from tests.run_kit import experiment, texts, where, write_rows
@@ -33,7 +33,7 @@ def test_the_size_of_the_cache_is_what_is_written(materials, tmp_path, prose, co
     path = write_rows(tmp_path / "rows.jsonl", [*texts(prose, rows), *texts(prose, rows // 2)])
     found = materials(cache__codec=codec, data__train=path)
     estimate = measure(found)
-    _, info = pipeline.fill_cache(found.experiment, where(tmp_path))
+    _, info = cache_commands.fill_cache(found.experiment, where(tmp_path))
     written = sum(p.stat().st_size for p in found.store.cache.folder.glob("[!.]*"))
     assert info["bytes"] == written
     assert estimate.cache_bytes == pytest.approx(written, rel=0.05)

@@ -19,6 +19,7 @@ from kdframe.cache_parts import (
     CodecConfig,
     RowPositions,
     TeacherShape,
+    TruncatedCodec,
 )
 from kdframe.errors import DamagedError, InputError, KdframeError, PluginError
 from kdframe.hooks import CONTRACT, hookimpl
@@ -102,6 +103,7 @@ __all__ = [
     "TeacherOutputs",
     "TeacherShape",
     "TeacherTargets",
+    "TruncatedCodec",
     "TruncatedTargets",
     "WeightedTargets",
     "cache_tools",

@@ -169,6 +169,16 @@ class Storing(CacheKit):
         write(cache, range(4))
         assert all(holds(other, i) for i in range(4))
 
+    def test_a_row_is_at_its_places_until_it_is_dropped_from_them(self, cache: Cache) -> None:
+        write(cache, range(4))
+        write(cache, range(4, 6))
+        places = cache.places(key(2))
+        assert places
+        assert cache.places(key(7)) == []
+        cache.drop([BadRow(key(2).hex(), place, "test") for place in places])
+        assert cache.places(key(2)) == []
+        assert cache.missing(rows(range(6))) == [2]
+
     def test_every_row_is_told_once_with_all_that_it_holds(self, cache: Cache) -> None:
         assert list(cache.stored()) == []
         write(cache, range(6))

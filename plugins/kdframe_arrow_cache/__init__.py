@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
 import pydantic
 from pydantic import Field
@@ -31,6 +32,10 @@ class ArrowCache(CacheConfig):
     They are written into the run's files: keep secrets in the environment."""
     codec: CodecSlot = Field(default="topk", validate_default=True)
     """How a position's distribution is written."""
+
+    def at(self, folder: Path) -> Self:
+        """The same in a folder."""
+        return self.model_copy(update={"url": str(folder)})
 
     def open(self, spec: CacheSpec) -> Cache:
         """Open the cache, or begin it."""

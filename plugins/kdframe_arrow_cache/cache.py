@@ -112,6 +112,12 @@ class ArrowCacheStore:
                 held[key] = np.union1d(held[key], positions) if key in held else positions
         return [RowPositions(key, positions.astype(np.int32)) for key, positions in held.items()]
 
+    def places(self, key: bytes) -> list[str]:
+        """The shards that hold a row."""
+        self.refresh()
+        nothing = RowPositions(key, np.empty(0, np.int32))
+        return [stored.name for stored, *_ in self._known.covering([nothing])[0]]
+
     def keep(self, name: str, data: bytes) -> None:
         """Keep something beside the records, durable on return. The first to come stays."""
         kept.write(self._store, name, data)

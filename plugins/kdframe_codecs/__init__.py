@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
@@ -11,6 +11,8 @@ from kdframe.api import Codec, CodecConfig, TargetForm, TeacherShape, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_LADDER = (16, 32, 64, 128, 256)  # values of k
 
 
 class Dense(CodecConfig):
@@ -68,6 +70,15 @@ class TopK(CodecConfig):
         if self.k > 65_535:
             raise ValueError("k must be at most 65535; the codec 'dense' keeps every id")
         return self
+
+    @classmethod
+    def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
+        """16 to 256 ids; a grid that covers the temperatures, where they are at least 1."""
+        above = {t for t in temperatures if not cls().serves(t) and t > 1}
+        if not above:
+            return tuple(cls(k=k) for k in _LADDER)
+        grid = tuple(sorted({*cls().temperatures, *above}))
+        return tuple(cls(k=k, temperatures=grid) for k in _LADDER)
 
     def serves(self, temperature: float) -> bool:
         """Temperatures inside the grid."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdframe.api import TeacherOutputs, TeacherShape, TruncatedTargets
+from kdframe.api import InputError, TeacherOutputs, TeacherShape, TruncatedTargets
 
 if TYPE_CHECKING:
     from kdframe_codecs import TopK
@@ -72,6 +72,31 @@ class TopKCodec:
         records["values"] = _to_float16(values.clamp_(max=0).cpu().numpy())
         records["log_z"] = log_z[:, 1:].cpu().numpy()
         return records.view(np.uint8).reshape(n, self.record_bytes)
+
+    def encode_truncated(self, targets: TruncatedTargets) -> NDArray[np.uint8]:
+        """Targets of any number of ids to records `[n, B]`: the `k` likeliest, fewer as `-inf`.
+
+        Raises:
+            InputError: the tail is not known at all temperatures of the grid, or `k` leaves none.
+        """
+        unknown = [f"{t:g}" for t in self._grid if t not in targets.grid]
+        if unknown:
+            raise InputError(
+                f"cache.codec.temperatures: the tail at T = {', '.join(unknown)} does not follow "
+                f"from predictions at T = {', '.join(f'{t:g}' for t in targets.grid)}; set "
+                f"cache.codec.temperatures to {[float(t) for t in targets.grid]}"
+            )
+        if self._k == self._vocab_size:
+            raise InputError("cache.codec.k: covers the whole vocabulary; set a smaller one")
+        size = min(self._k, targets.ids.shape[1])
+        values, places = targets.log_probs.topk(size)
+        records = np.zeros(len(targets), self._dtype)
+        records["ids"][:, :size] = targets.ids.gather(1, places).cpu().numpy()
+        records["values"][:, size:] = -np.inf
+        records["values"][:, :size] = _to_float16(values.double().clamp(max=0).cpu().numpy())
+        columns = [targets.grid.index(t) for t in self._grid[1:]]
+        records["log_z"] = targets.grid_log_z[:, columns].cpu().numpy()
+        return records.view(np.uint8).reshape(len(targets), self.record_bytes)
 
     def decode(self, records: NDArray[np.uint8]) -> TruncatedTargets:
         """Records `[n, B]` to targets.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -17,6 +18,10 @@ class MmapCache(CacheConfig):
     """Where it lives; by default `cache/` and the identity's first 12 characters."""
     codec: CodecSlot = Field(default="topk", validate_default=True)
     """How a position's distribution is written."""
+
+    def at(self, folder: Path) -> Self:
+        """The same in another folder."""
+        return self.model_copy(update={"folder": folder})
 
     def open(self, spec: CacheSpec) -> Cache:
         """Open the cache, or begin it."""

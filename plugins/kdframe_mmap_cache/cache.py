@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdframe.api import BadRow, CacheSpec, DamagedError, InputError, RowPositions, durable
-from kdframe_mmap_cache import journal, kept, manifest
-from kdframe_mmap_cache.catalogue import Catalogue, Found
-from kdframe_mmap_cache.shard import KEY_BYTES, index_sum, pack
+from kdframe_mmap_cache import journal, kept, leftovers, manifest
+from kdframe_mmap_cache.catalogue import Catalogue
+from kdframe_mmap_cache.shard import ALL, KEY_BYTES, index_sum, pack
 
 _REMEDY = "`kdframe cache verify --repair` computes it again"
+_DISAGREES = "the checksum disagrees"
+_FAULTS_SHOWN = 3
+_TRIES = 3
 
 
 class MmapCacheFolder:
@@ -43,6 +47,7 @@ class MmapCacheFolder:
         manifest.open_folder(folder, spec)
         self._known = Catalogue(folder, spec.record_bytes)
         self.refresh()
+        self._clear()
 
     def refresh(self) -> None:
         """Take in what other processes have written since."""
@@ -59,7 +64,7 @@ class MmapCacheFolder:
     def missing(self, rows: Sequence[RowPositions]) -> list[int]:
         """Indices of the rows whose stored positions do not cover what is asked."""
         self.refresh()
-        return [i for i, found in enumerate(self._known.covering(rows)) if not found]
+        return [i for i, row in enumerate(rows) if not any(True for _ in self._known.covering(row))]
 
     def write(self, rows: Sequence[RowPositions], records: Sequence[NDArray[np.uint8]]) -> None:
         """Store `records[i]` `[n_i, B]` for `rows[i]` as one shard. Durable on return.
@@ -86,17 +91,14 @@ class MmapCacheFolder:
         Raises:
             DamagedError: a row is absent, does not hold a position, or fails its checksum.
         """
-        places = self._known.covering(rows)
-        found = [self._good(row, at) for row, at in zip(rows, places, strict=True)]
-        if len(found) == 1 and found[0][2] is None:
-            return found[0][0].records(found[0][1])
+        if len(rows) == 1:
+            return self._records(rows[0])
         total = sum(len(row.positions) for row in rows)
         out = np.empty((total, self._spec.record_bytes), np.uint8)
         end = 0
-        for row, (shard, i, chosen) in zip(rows, found, strict=True):
+        for row in rows:
             begin, end = end, end + len(row.positions)
-            records = shard.records(i)
-            out[begin:end] = records if chosen is None else records[chosen]
+            out[begin:end] = self._records(row)
         return out
 
     def stored(self) -> list[RowPositions]:
@@ -104,12 +106,18 @@ class MmapCacheFolder:
         self.refresh()
         held: dict[bytes, NDArray[np.int32]] = {}
         for shard in self._known.shards:
-            for i in np.flatnonzero(shard.live).tolist():
+            for i in shard.live_rows():
                 if shard.check(i):
-                    key, positions = shard.keys[i].tobytes(), shard.positions(i)
+                    key, positions = shard.key(i), shard.positions(i)
                     held[key] = np.union1d(held[key], positions) if key in held else positions
             shard.close()
         return [RowPositions(key, positions.astype(np.int32)) for key, positions in held.items()]
+
+    def places(self, key: bytes) -> list[str]:
+        """The shards that hold a row."""
+        self.refresh()
+        nothing = RowPositions(key, np.empty(0, np.int32))
+        return [shard.name for shard, *_ in self._known.covering(nothing)]
 
     def keep(self, name: str, data: bytes) -> None:
         """Keep something beside the records, durable on return. The first to come stays."""
@@ -132,22 +140,23 @@ class MmapCacheFolder:
         """Check every row against the disk: how many there are, and the bad ones.
 
         A damaged index (its rows are not known) has an empty `row`; so has a damaged line of the
-        journal.
+        journal. Something kept that is damaged is there by its file's name.
         """
         self._known.start_over()  # a shard that is opened anew remembers no check
         self.refresh()
+        self._clear()
         bad = [
             BadRow("", journal.NAME, f"line {number} is damaged")
             for number in self._known.journal.damaged
         ]
         bad += [BadRow("", name, reason) for name, reason in self._known.broken.items()]
+        bad += [BadRow("", kept.file_name(name), _DISAGREES) for name in kept.damaged(self.folder)]
         count = 0
         for shard in self._known.shards:
-            for i in np.flatnonzero(shard.live).tolist():
+            for i in shard.live_rows():
                 count += 1
                 if not shard.check(i):
-                    reason = "the checksum disagrees"
-                    bad.append(BadRow(shard.keys[i].tobytes().hex(), shard.name, reason))
+                    bad.append(BadRow(shard.key(i).hex(), shard.name, _DISAGREES))
             shard.close()
         return count, bad
 
@@ -155,16 +164,25 @@ class MmapCacheFolder:
         """Forget rows, so that they are missing; durable on return.
 
         With an empty `row` the whole shard is forgotten, or the journal's damaged lines.
+
+        Raises:
+            DamagedError: something kept is among them (the rows are forgotten all the same): it
+                may be what the records are read with, so it cannot be made anew beside them.
         """
         if any(bad.row and len(bytes.fromhex(bad.row)) != KEY_BYTES for bad in rows):
             raise ValueError("a row is named by its key in hexadecimal")
-        pairs = [[bad.row, bad.shard] for bad in rows if bad.shard != journal.NAME]
+        names = {bad.shard for bad in rows}
+        ours = {journal.NAME, *map(kept.file_name, kept.names(self.folder))}
+        pairs = [[bad.row, bad.shard] for bad in rows if bad.shard not in ours]
         with durable.lock(self.folder / manifest.LOCK):
-            if len(pairs) < len(rows):
+            if journal.NAME in names:
                 self._known.journal.mend()
             if pairs:
                 self._known.journal.append({"drop": pairs})
         self.refresh()
+        for name in kept.names(self.folder):
+            if kept.file_name(name) in names:
+                kept.read(self.folder, name)
 
     def info(self) -> dict[str, Any]:
         """Counts and sizes as plain data; `bytes` is that of the files."""
@@ -174,7 +192,7 @@ class MmapCacheFolder:
         size += sum(shard.size for shard in self._known.shards)
         positions = sum(shard.live_positions() for shard in self._known.shards)
         return {
-            "rows": sum(int(shard.live.sum()) for shard in self._known.shards),
+            "rows": sum(len(shard.live_rows()) for shard in self._known.shards),
             "positions": positions,
             "bytes": size,
             "bytes_per_position": size / positions if positions else 0.0,
@@ -183,29 +201,40 @@ class MmapCacheFolder:
             "codec": dict(self._spec.codec),
         }
 
-    def _good(self, row: RowPositions, found: Sequence[Found]) -> Found:
-        if not found:
-            self._known.refresh()
-            found = self._known.covering([row])[0]
-        for shard, i, chosen in found:
-            if shard.check(i):
-                return shard, i, chosen
+    def _records(self, row: RowPositions) -> NDArray[np.uint8]:
+        found = self._known.sound(row)
+        if found is None:
+            self._known.refresh()  # another process may have written it since
+            found = self._known.sound(row)
+        if found is None:
+            raise self._unsound(row)
+        shard, i, chosen = found
+        records = shard.records(i)
+        return records if chosen is ALL else records[chosen]
+
+    def _unsound(self, row: RowPositions) -> DamagedError:
         name = row.key.hex()
-        if found:
-            path = self.folder / found[0][0].name
-            raise DamagedError(f"{path}: row {name} is damaged; {_REMEDY}")
-        raise DamagedError(
+        shard = self._known.damaged(row)
+        if shard:
+            return DamagedError(f"{self.folder / shard.name}: row {name} is damaged; {_REMEDY}")
+        hurt = [f"{shard} {reason}" for shard, reason in self._known.broken.items()]
+        return DamagedError(
             f"{self.folder}: row {name} is not there with all positions asked; {_REMEDY}"
+            + "".join(f"\n{self.folder}: {fault}" for fault in hurt[:_FAULTS_SHOWN])
         )
 
     def _commit(self, rows: int, data: bytearray) -> None:
         name = f"shard-{uuid.uuid4().hex[:12]}.bin"
         durable.require_space(self.folder, len(data), f"{rows} rows of the cache")
-        entry = {"shard": name, "rows": rows, "bytes": len(data)}
+        entry = {
+            "shard": name,
+            "rows": rows,
+            "bytes": len(data),
+            "index": f"{index_sum(data):016x}",
+        }
         try:
-            durable.write_bytes(self.folder / name, memoryview(data))
-            with durable.lock(self.folder / manifest.LOCK):
-                self._known.journal.append({**entry, "index": f"{index_sum(data):016x}"})
+            if not any(self._announced(name, data, entry) for _ in range(_TRIES)):
+                raise DamagedError(f"{self.folder / name} is removed again and again")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -214,3 +243,26 @@ class MmapCacheFolder:
                 "rows written before are kept: free some space and start again"
             ) from error
         self.refresh()
+
+    def _announced(self, name: str, data: bytearray, entry: Mapping[str, Any]) -> bool:
+        """Write a shard and announce it; False where it was taken for a leftover meanwhile."""
+        path = self.folder / name
+        try:
+            durable.write_bytes(path, memoryview(data))
+        except FileNotFoundError:
+            return False
+        with durable.lock(self.folder / manifest.LOCK):
+            if path.exists():
+                self._known.journal.append(entry)
+                return True
+        return False
+
+    def _clear(self) -> None:
+        """Remove what killed writers left, where the journal is whole and the folder writable."""
+        known = self._known
+        if known.journal.damaged or not leftovers.found(self.folder, known.announced()):
+            return
+        with contextlib.suppress(OSError), durable.lock(self.folder / manifest.LOCK):
+            self.refresh()
+            if not (known.journal.damaged or known.strange):
+                leftovers.remove(self.folder, known.announced())

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from kdframe.api import DamagedError, RowPositions
 from kdframe_mmap_cache import journal
 from kdframe_mmap_cache.index import KeyIndex
 from kdframe_mmap_cache.journal import Journal
-from kdframe_mmap_cache.shard import Shard, ShardError
+from kdframe_mmap_cache.shard import Chosen, Shard, ShardError
 
 _MAPS = 4096  # shards mapped at once; a process may have some 65,000 maps
+_OPEN_FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+_MOST = min(_MAPS, max(1, _OPEN_FILES // 2))  # a map keeps its file open
 
-Found = tuple[Shard, int, NDArray[np.int64] | None]
-"""A shard, a row of it, and which of the row's positions (None: all)."""
+Found = tuple[Shard, int, Chosen]
+"""A shard, a row of it, and which of the row's positions."""
 
 
 class Catalogue:
@@ -26,6 +26,7 @@ class Catalogue:
     Attributes:
         shards: those whose index is sound.
         broken: what is wrong with the others, by name. Their rows are missing.
+        strange: whether the journal has entries that are not understood.
         journal: where shards are announced.
     """
 
@@ -52,6 +53,7 @@ class Catalogue:
             raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
         if fresh:
             self._forget_rows()
+        before = len(self.shards)
         for entry in entries:
             match entry:
                 case {"shard": str(name), "index": str(index)}:
@@ -59,18 +61,54 @@ class Catalogue:
                 case {"drop": list(pairs)}:
                     for row, name in pairs:
                         self._take_out(row, name)
+                case _:
+                    self.strange = True
+        self._index.add([shard.keys for shard in self.shards[before:]])
 
-    def covering(self, rows: Sequence[RowPositions]) -> list[list[Found]]:
-        """For each row every place that has all its positions. Checksums are not looked at."""
-        places = self._index.find([row.key for row in rows])
-        return [self._covering(row, at) for row, at in zip(rows, places, strict=True)]
+    def announced(self) -> set[str]:
+        """The names of all shards that were announced, but for those that were dropped broken."""
+        return {*self._names, *self.broken}
+
+    def covering(self, row: RowPositions) -> Iterator[Found]:
+        """Every place that has all positions of a row, in the order in which they were announced.
+
+        Checksums are not looked at.
+        """
+        for number, i in self._index.find(row.key):
+            shard = self.shards[number]
+            if not shard.live[i]:
+                continue
+            if not shard.mapped:
+                self._make_room()
+            try:
+                chosen = shard.chosen(i, row.positions)
+            except ShardError:
+                continue  # a file that shrank; absent, then
+            if chosen is not None:
+                yield shard, i, chosen
+
+    def sound(self, row: RowPositions) -> Found | None:
+        """The first place that has all positions of a row and passes its check."""
+        for found in self.covering(row):
+            if found[0].check(found[1]):
+                return found
+        return None
+
+    def damaged(self, row: RowPositions) -> Shard | None:
+        """The first shard in which a row is not what was written, whatever its positions say."""
+        for number, i in self._index.find(row.key):
+            shard = self.shards[number]
+            if shard.live[i] and not shard.check(i):
+                return shard
+        return None
 
     def _forget_rows(self) -> None:
         self._index = KeyIndex()
         self.shards: list[Shard] = []
         self._names: dict[str, int] = {}
         self.broken: dict[str, str] = {}
-        self._mapped: set[Shard] = set()
+        self.strange = False
+        self._maps = 0
 
     def _take_in(self, name: str, index: str) -> None:
         if name in self._names:
@@ -83,7 +121,6 @@ class Catalogue:
             self.broken[name] = error.reason  # its rows are missing; `verify` tells of it
             return
         self._names[name] = len(self.shards)
-        self._index.add(len(self.shards), shard.keys)
         self.shards.append(shard)
 
     def _take_out(self, row: str, name: str) -> None:
@@ -91,40 +128,14 @@ class Catalogue:
             self.broken.pop(name, None)
         if name in self._names:
             shard = self.shards[self._names[name]]
-            gone = np.frombuffer(bytes.fromhex(row), np.uint8)
-            shard.live &= (shard.keys != gone).any(axis=1) if row else False
+            for i in shard.live_rows():
+                if not row or shard.key(i).hex() == row:
+                    shard.live[i] = 0
 
-    def _covering(self, row: RowPositions, places: Sequence[tuple[int, int]]) -> list[Found]:
-        """Where a row is stored with all the positions asked. Not checked yet."""
-        found: list[Found] = []
-        for number, i in places:
-            shard = self.shards[number]
-            if not shard.live[i] or shard.keys[i].tobytes() != row.key:
-                continue
-            self._note_map(shard)
-            try:
-                held, chosen = _choose(shard.positions(i), row.positions)
-            except ShardError:
-                continue  # a file that shrank; absent, then
-            if held:
-                found.append((shard, i, chosen))
-        return found
-
-    def _note_map(self, shard: Shard) -> None:
-        self._mapped.add(shard)
-        if len(self._mapped) > _MAPS:
-            for mapped in self._mapped:
-                mapped.close()
-            self._mapped = {shard}
-
-
-def _choose(
-    stored: NDArray[np.int32], asked: NDArray[np.int32]
-) -> tuple[bool, NDArray[np.int64] | None]:
-    """Whether `stored` holds all of `asked`, and where (None: they are the same)."""
-    if len(stored) == len(asked) and (stored == asked).all():
-        return True, None
-    if not len(stored):
-        return not len(asked), np.empty(0, np.int64)
-    at = np.searchsorted(stored, asked).clip(max=len(stored) - 1)
-    return bool((stored[at] == asked).all()), at
+    def _make_room(self) -> None:
+        """Before a shard is mapped: let go of the others, if there are too many."""
+        self._maps += 1
+        if self._maps > _MOST:
+            for shard in self.shards:
+                shard.close()
+            self._maps = 1

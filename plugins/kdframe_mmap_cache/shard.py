@@ -10,6 +10,7 @@ bits) covers its key, its positions and its records.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
@@ -22,13 +23,18 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kdframe.api import DamagedError, RowPositions
+from kdframe.api import DamagedError, InputError, KdframeError, RowPositions
 
 KEY_BYTES = 16
 _MAGIC = b"kdfshard"
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQQ24xQ")  # magic, version, record bytes, rows, positions, checksum
+_POPULATE_READ = 22  # Linux 5.14; the module mmap has no name for it
 _COVERED = _HEADER.size - 8
+_NOTHING = np.empty((0, 0), np.uint8)
+ALL = slice(None)
+Chosen = slice | NDArray[np.int64]
+"""Which of a row's positions: `ALL`, or their indices."""
 _NAME = re.compile(r"shard-[0-9a-f]{12}\.bin")
 
 
@@ -101,8 +107,9 @@ class Shard:
     Attributes:
         name: the file's name.
         rows, size: number of rows; bytes of the file.
-        keys: `[rows, 16]`.
-        live: `[rows]` bool, rows that were not dropped.
+        keys: of all rows, one after the other.
+        live: for each row 1, or 0 once it was dropped.
+        mapped: whether the file is mapped now.
     """
 
     def __init__(self, folder: Path, name: str, record_bytes: int) -> None:
@@ -112,11 +119,13 @@ class Shard:
             ShardError: the file is missing, no regular file, or not what was written.
         """
         if not _NAME.fullmatch(name):
-            raise ShardError(name, f"{name!r} is no name of a shard")
+            raise ShardError(name, f"{name!r} is no name of a shard in the folder: not opened")
         self.name = name
         self._path = folder / name
         self._record_bytes = record_bytes
-        self._map: NDArray[np.uint8] | None = None
+        self.mapped = False
+        self._map: mmap.mmap | None = None
+        self._records: NDArray[np.uint8] = _NOTHING
         with self._opened() as file:
             self.size = os.fstat(file.fileno()).st_size
             index = file.read(_HEADER.size)
@@ -128,66 +137,142 @@ class Shard:
         self.sum = index_sum(index)
         if self.sum != _index_sum(index):
             raise ShardError(name, "the index is damaged")
-        keys = np.frombuffer(index, np.uint8, KEY_BYTES * self.rows, self._at.keys)
-        self.keys = keys.reshape(-1, KEY_BYTES)
-        self._starts = np.frombuffer(index, "<i8", self.rows + 1, self._at.starts)
-        self._sums = np.frombuffer(index, "<u8", self.rows, self._at.sums)
-        if self._starts[0] != 0 or self._starts[-1] != total or (np.diff(self._starts) < 0).any():
+        # Apart, and no numpy: one value of these is asked for at a time, and they stay in memory.
+        at = self._at
+        self.keys = index[at.keys : at.starts]
+        self._starts = memoryview(index[at.starts : at.sums]).cast("Q")
+        self._sums = memoryview(index[at.sums : at.positions]).cast("Q")
+        starts = np.frombuffer(self._starts, np.int64)
+        if starts[0] != 0 or starts[-1] != total or (np.diff(starts) < 0).any():
             raise ShardError(name, "the index is not consistent")
-        self.live = np.ones(self.rows, bool)
-        self._known_good = np.zeros(self.rows, bool)
+        self.live = bytearray(b"\1") * self.rows
+        self._known_good = bytearray(self.rows)
+
+    def key(self, row: int) -> bytes:
+        """A row's key."""
+        return self.keys[KEY_BYTES * row : KEY_BYTES * (row + 1)]
+
+    def live_rows(self) -> list[int]:
+        """The rows that were not dropped."""
+        return [row for row, alive in enumerate(self.live) if alive]
 
     def positions(self, row: int) -> NDArray[np.int32]:
         """The positions that a row holds, `[n]`; to be believed once `check` has passed."""
+        first, last = self._starts[row], self._starts[row + 1]
+        at = self._at.positions + 4 * first
+        return np.frombuffer(self.map(), "<i4", last - first, at)
+
+    def chosen(self, row: int, asked: NDArray[np.int32]) -> Chosen | None:
+        """Which of a row's positions are those asked; None where it does not hold them all.
+
+        Raises:
+            ShardError: the file is no longer what it was when it was opened.
+        """
         begin = self._at.positions
-        first, last = self._starts[row : row + 2].tolist()
-        return self._bytes()[begin + 4 * first : begin + 4 * last].view("<i4")
+        first, last = self._starts[row], self._starts[row + 1]
+        if not self._known_good[row]:
+            self._fetch(begin + 4 * first, begin + 4 * last)
+        # Comparing bytes is several times faster than numpy on a few hundred numbers.
+        if self.map()[begin + 4 * first : begin + 4 * last] == asked.tobytes():
+            return ALL
+        return _chosen(self.positions(row), asked)
 
     def records(self, row: int) -> NDArray[np.uint8]:
         """A row's records `[n, B]`: a view of the file."""
-        begin, size = self._at.records, self._record_bytes
-        first, last = self._starts[row : row + 2].tolist()
-        return self._bytes()[begin + first * size : begin + last * size].reshape(last - first, size)
+        if self._map is None:
+            self.map()
+        return self._records[self._starts[row] : self._starts[row + 1]]
 
     def check(self, row: int) -> bool:
         """Whether a row is what was written. A good one is remembered."""
         if not self._known_good[row]:
-            found = row_sum(self.keys[row].tobytes(), self.positions(row), self.records(row))
-            self._known_good[row] = found == self._sums[row]
+            try:
+                self._known_good[row] = self._sum(row) == self._sums[row]
+            except ShardError:
+                return False  # the file is no longer what it was
         return bool(self._known_good[row])
 
     def live_positions(self) -> int:
         """Positions of the rows that were not dropped."""
-        return int(np.diff(self._starts)[self.live].sum())
+        return sum(self._starts[row + 1] - self._starts[row] for row in self.live_rows())
 
     def close(self) -> None:
         """Let go of the map (views that were given out keep it alive)."""
-        self._map = None
+        self.mapped, self._map, self._records = False, None, _NOTHING
+
+    def _sum(self, row: int) -> int:
+        first, last = self._starts[row], self._starts[row + 1]
+        at, size = self._at, self._record_bytes
+        self._fetch(at.positions + 4 * first, at.positions + 4 * last)
+        self._fetch(at.records + size * first, at.records + size * last)
+        return row_sum(self.key(row), self.positions(row), self.records(row))
+
+    def _fetch(self, begin: int, end: int) -> None:
+        """Have bytes of the map read at once, not page by page as they are touched.
+
+        A page that is gone from the disk is an error here; touched, it would kill the process.
+        """
+        mapped = self.map()
+        start = begin - begin % mmap.PAGESIZE
+        try:
+            mapped.madvise(_POPULATE_READ, start, end - start)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what a kernel says that does not know it
+                raise ShardError(self.name, f"cannot be read ({error.strerror})") from error
 
     def _opened(self) -> BinaryIO:
         try:
             return open(self._path, "rb", opener=_open_here)
         except OSError as error:
-            raise ShardError(self.name, f"cannot be opened ({error.strerror})") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> KdframeError:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard
+            return InputError(f"{self._path}: {error.strerror}; raise the limit (`ulimit -n`)")
+        if error.errno == errno.ELOOP:
+            return ShardError(self.name, "is a link, which may lead out of the folder: not opened")
+        return ShardError(self.name, f"cannot be opened ({error.strerror})")
 
     def _counts(self, header: bytes) -> tuple[int, int]:
         if len(header) < _HEADER.size:
             raise ShardError(self.name, "is shorter than its header")
         magic, version, record_bytes, rows, positions, _ = _HEADER.unpack(header)
+        if magic == _MAGIC and version > _VERSION:
+            raise ShardError(
+                self.name,
+                f"was written by a newer kdframe (its version is {version}, this one reads up to "
+                f"{_VERSION}), or is damaged: install a newer kdframe",
+            )
         if (magic, version, record_bytes) != (_MAGIC, _VERSION, self._record_bytes):
             raise ShardError(self.name, "the header is damaged")
         return rows, positions
 
-    def _bytes(self) -> NDArray[np.uint8]:
-        mapped = self._map
-        if mapped is None:
+    def map(self) -> mmap.mmap:
+        """The file's bytes, mapped at the first call.
+
+        Raises:
+            ShardError: the file is no longer what it was when it was opened.
+        """
+        if self._map is None:
             with self._opened() as file:
                 # A map that ends beyond its file would kill the process when it is read.
                 if os.fstat(file.fileno()).st_size != self.size:
                     raise ShardError(self.name, f"no longer has its {self.size:,} bytes")
-                buffer = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
-            self._map = mapped = np.frombuffer(buffer, np.uint8)
-        return mapped
+                try:
+                    self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
+                except OSError as error:
+                    raise self._unreadable(error) from error
+            shape = (self._starts[-1], self._record_bytes)
+            self._records = np.ndarray(shape, np.uint8, self._map, self._at.records)
+            self.mapped = True
+        return self._map
+
+
+def _chosen(stored: NDArray[np.int32], asked: NDArray[np.int32]) -> NDArray[np.int64] | None:
+    if not len(stored):
+        return None if len(asked) else np.empty(0, np.int64)
+    at = np.searchsorted(stored, asked).clip(max=len(stored) - 1)
+    return at if (stored[at] == asked).all() else None
 
 
 def _open_here(path: str, flags: int) -> int:

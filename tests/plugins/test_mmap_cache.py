@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,11 +20,18 @@ from hypothesis import strategies as st
 from kdframe.api import BadRow, DamagedError, InputError, RowPositions, durable
 from kdframe_mmap_cache import MmapCache
 from kdframe_mmap_cache.cache import MmapCacheFolder
+from kdframe_mmap_cache.journal import Journal
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> MmapCacheFolder:
     return kit.open_cache(tmp_path / "cache")
+
+
+def announce(cache: MmapCacheFolder, name: str) -> None:
+    """Write a line of the journal as a writer would, for any name."""
+    with durable.lock(cache.folder / ".lock"):
+        Journal(cache.folder).append({"shard": name, "rows": 1, "bytes": 1, "index": "0" * 16})
 
 
 def positions(*numbers: int) -> np.ndarray:
@@ -174,6 +183,59 @@ def test_a_reader_sees_each_row_as_soon_as_its_writer_says_so(tmp_path):
             known = 40 - len(reader.missing([kit.row(i) for i in range(40)]))
             assert known >= start + 2
     assert writer.returncode == 0
+
+
+def test_more_shards_than_files_may_be_open_are_read(tmp_path):
+    cache = kit.open_cache(tmp_path)
+    for i in range(120):
+        kit.write(cache, [i])
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
+        "import sys; from pathlib import Path; import mmap_cache_kit as kit\n"
+        "cache = kit.open_cache(Path(sys.argv[1]))\n"
+        "assert cache.missing([kit.row(i) for i in range(120)]) == []\n"
+        "assert all(kit.holds(cache, i) for i in range(120))\n"
+        "cache.read([kit.row(i) for i in range(120)])\n"
+    )
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=place)
+
+
+@pytest.mark.parametrize("name", ["../shard-0123456789ab.bin", "/etc/passwd", "shard-1.bin"])
+def test_a_journal_that_leads_out_of_the_folder_is_told_by_verify_and_not_followed(cache, name):
+    kit.write(cache, [1])
+    shutil.copy(next(cache.folder.glob("shard-*")), cache.folder.parent / "shard-0123456789ab.bin")
+    announce(cache, name)
+    assert cache.missing([kit.row(1), kit.row(2)]) == [1]
+    (bad,) = cache.verify()[1]
+    assert (bad.row, bad.shard) == ("", name)
+    assert "no name of a shard in the folder" in bad.reason
+    cache.drop([bad])
+    assert kit.open_cache(cache.folder).verify() == (1, [])
+
+
+def test_a_shard_that_is_a_link_is_told_by_verify_and_not_followed(cache):
+    kit.write(cache, [1])
+    (shard,) = cache.folder.glob("shard-*")
+    shard.symlink_to(shard.rename(cache.folder.parent / "elsewhere.bin"))
+    store = kit.open_cache(cache.folder)
+    assert store.missing([kit.row(1)]) == [0]
+    (bad,) = store.verify()[1]
+    assert "is a link, which may lead out of the folder" in bad.reason
+    with pytest.raises(DamagedError, match=f"{kit.row(1).key.hex()}.*\n.*{shard.name} is a link"):
+        store.read([kit.row(1)])
+
+
+def test_a_newer_shard_is_told_by_verify_and_its_rows_are_missing(cache):
+    kit.write(cache, [1])
+    (shard,) = cache.folder.glob("shard-*")
+    data = bytearray(shard.read_bytes())
+    data[8] = 2
+    shard.write_bytes(data)
+    store = kit.open_cache(cache.folder)
+    assert store.missing([kit.row(1)]) == [0]
+    (bad,) = store.verify()[1]
+    assert "install a newer kdframe" in bad.reason
 
 
 # ------------------------------------------------------------------------------- refusals

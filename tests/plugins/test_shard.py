@@ -28,7 +28,7 @@ def test_rows_come_out_as_they_went_in(tmp_path):
     shard = opened(tmp_path, packed())
     assert shard.rows == 4
     for i in range(4):
-        assert shard.keys[i].tobytes() == kit.row(i).key
+        assert shard.key(i) == kit.row(i).key
         np.testing.assert_array_equal(shard.positions(i), kit.row(i).positions)
         np.testing.assert_array_equal(shard.records(i), kit.record(i))
         assert shard.check(i)
@@ -95,6 +95,15 @@ def test_a_folder_in_the_place_of_a_shard_is_refused(tmp_path):
     (tmp_path / NAME).mkdir()
     with pytest.raises(ShardError):
         Shard(tmp_path, NAME, 12)
+
+
+def test_a_newer_shard_asks_for_a_newer_kdframe(tmp_path):
+    data = packed()
+    struct.pack_into("<I", data, 8, 2)
+    with pytest.raises(
+        ShardError, match=r"newer kdframe .*version is 2, .*install a newer kdframe"
+    ):
+        opened(tmp_path, data)
 
 
 @pytest.mark.parametrize("bit", range(0, 8 * (64 + 32 * 4 + 8), 7))

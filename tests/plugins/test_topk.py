@@ -175,3 +175,38 @@ def test_half_precision_logits_and_read_only_records_are_taken():
     assert torch.equal(codec.decode(records).log_probs, expected.log_probs)
     strided = np.repeat(records, 2, axis=0)[::2]
     assert torch.equal(codec.decode(strided).ids, expected.ids)
+
+
+def truncated(log_probs: torch.Tensor, m: int) -> TruncatedTargets:
+    """The `m` likeliest of a distribution, as a server gives them."""
+    values, ids = log_probs.topk(m)
+    return TruncatedTargets(ids, values, (1.0,), torch.zeros(len(ids), 1))
+
+
+@pytest.mark.parametrize("m", [3, 8, 12])
+def test_targets_that_are_truncated_already_are_kept_as_they_are(m):
+    """The likeliest k of them; where there are fewer, the rest is the tail's."""
+    log_probs = random_logits(20, 300, seed=4).log_softmax(-1)
+    codec = TopK(k=8, temperatures=(1.0,)).build(TeacherShape(300))
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(0))
+    given = truncated(log_probs, m)
+    mixed = TruncatedTargets(
+        given.ids[:, order], given.log_probs[:, order], given.grid, given.grid_log_z
+    )
+    found = codec.decode(codec.encode_truncated(mixed))
+    size = min(m, 8)
+    assert torch.equal(found.ids[:, :size], given.ids[:, :size])
+    torch.testing.assert_close(
+        found.log_probs[:, :size], given.log_probs[:, :size], rtol=1e-3, atol=1e-4
+    )
+    assert torch.isinf(found.log_probs[:, size:]).all()
+    tail = 1 - given.log_probs[:, :size].exp().sum(-1)
+    torch.testing.assert_close(found.at(1.0)[1].exp(), tail, rtol=1e-2, atol=1e-3)
+
+
+def test_a_tail_that_is_not_known_is_refused():
+    given = truncated(random_logits(2, 300, seed=4).log_softmax(-1), 5)
+    with pytest.raises(InputError, match=r"at T = 2 does not follow .*temperatures to \[1.0\]"):
+        TopK(k=8, temperatures=(1.0, 2.0)).build(TeacherShape(300)).encode_truncated(given)
+    with pytest.raises(InputError, match="covers the whole vocabulary"):
+        TopK(k=300, temperatures=(1.0,)).build(TeacherShape(300)).encode_truncated(given)
