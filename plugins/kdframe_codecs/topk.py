@@ -91,7 +91,8 @@ class TopKCodec:
             return records
         first[:], bytewise[:], nibbles[:] = topk_values.packed(log_probs)
         decoded = topk_values.unpacked(first, bytewise, nibbles, self._layout.k)
-        tails[:] = self._tails.packed(np.exp(log_z) / self._sums(decoded) - 1)[:, 1:]
+        odds = np.exp(log_z) / self._sums(decoded) - 1
+        tails[:] = self._tails.packed(odds, topk_values.ends(log_probs))[:, 1:]
         return records
 
     def decode(self, records: NDArray[np.uint8]) -> TruncatedTargets:

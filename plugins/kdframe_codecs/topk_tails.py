@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdframe_codecs.topk_layout import BYTE_VALUES
+from kdframe_codecs.topk_values import LEAST_TAIL
 
-_LEAST = math.log(1e-6)  # odds below this are float32's error, no tail
+_LEAST = math.log(LEAST_TAIL)
 _FLOOR = 0.1  # density of the codes at low odds, to that at high ones
 
 
@@ -34,11 +35,15 @@ class TailOdds:
         self._middles = (self._logs[1:] + self._logs[:-1]) / 2
         self._odds = np.append(0, np.exp(self._logs)).astype(np.float32)
 
-    def packed(self, odds: NDArray[np.float64]) -> NDArray[np.uint8]:
-        """`[n, g]` odds, 0 or less for none, to as many bytes."""
-        logs = np.log(np.maximum(odds, 1e-30))
+    def packed(self, odds: NDArray[np.float64], ends: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """`[n, g]` odds to as many bytes.
+
+        Args:
+            ends: `[n]`, whether odds too low to tell are none (else they are the least there are).
+        """
+        logs = np.log(np.maximum(odds, LEAST_TAIL / 2))
         codes = 1 + np.searchsorted(self._middles, logs)
-        return np.where(logs < _LEAST, 0, codes).astype(np.uint8)
+        return np.where((logs < _LEAST) & ends[:, None], 0, codes).astype(np.uint8)
 
     def unpacked(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """`[n, g]` odds."""

@@ -15,6 +15,9 @@ from kdframe_codecs.topk_layout import BYTE_VALUES
 
 _FIRST = 16 / 65_535**2  # the first value is -_FIRST * code**2: finest where p is near 1
 
+LEAST_TAIL = 1e-6
+"""The least mass of a tail that is there: hardly more than float32 can tell from none."""
+
 
 def _steps(codes: int, fine: float, last: float) -> NDArray[np.float32]:
     """Steps from 0 to `last` nats, even below `fine` and geometric above; then `inf`."""
@@ -58,12 +61,18 @@ def packed(
         return found.astype(np.float64)
 
     relative = values(np.zeros(len(log_probs), np.uint16))
-    true = np.where(np.isfinite(relative), np.exp(log_probs), 0).sum(-1).clip(max=1)
+    true = np.where(np.isfinite(relative), np.exp(log_probs), 0).sum(-1)
+    true = np.minimum(true, np.where(ends(log_probs), 1, 1 - LEAST_TAIL))
     over = np.log(np.exp(relative).sum(-1) / true).clip(min=0)
     first = np.ceil(np.sqrt(over / _FIRST)).clip(max=65_535).astype(np.uint16)
     # Where float32's rounding of the values has put them above, one code less likely.
     first += (np.exp(values(first)).sum(-1) > true) & (first < 65_535)
     return first[:, None].view(np.uint8), bytewise, nibbles
+
+
+def ends(log_probs: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """`[n]`: whether no id that is not kept can have a probability."""
+    return np.isneginf(log_probs[:, -1])
 
 
 def unpacked(
