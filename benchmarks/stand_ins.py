@@ -40,25 +40,30 @@ class StandIns:
         return teacher, 0.7 * teacher + 0.3 * self.head(self.early[part])
 
 
-def load(teacher: Path, texts: list[Path], rows: int, memory: Path) -> StandIns:
-    """Run the teacher over `rows` rows, evenly from the files, or read what it said before."""
-    told = json.dumps([str(teacher), *(path.read_text("utf-8")[:4096] for path in texts), rows])
+def load(teacher: Path, texts: list[Path], rows: int, memory: Path, *, skip: int = 0) -> StandIns:
+    """Run the teacher over `rows` rows, evenly from the files, or read what it said before.
+
+    Args:
+        skip: rows that are left out at the beginning of each file.
+    """
+    given = [str(teacher), *(path.read_text("utf-8")[:4096] for path in texts), rows]
+    told = json.dumps([*given, skip] if skip else given)
     path = memory / f"stand-ins-{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
     if not path.exists():
         memory.mkdir(parents=True, exist_ok=True)
-        save_file(_computed(teacher, texts, rows), path)
+        save_file(_computed(teacher, texts, rows, skip), path)
     kept = load_file(path)
     return StandIns(kept["hidden"], kept["early"], OutputHead.from_tensors(kept))
 
 
 @torch.no_grad()
-def _computed(teacher: Path, texts: list[Path], rows: int) -> dict[str, Tensor]:
+def _computed(teacher: Path, texts: list[Path], rows: int, skip: int) -> dict[str, Tensor]:
     model = AutoModelForCausalLM.from_pretrained(
         teacher, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     halves = Halves(model)
-    batch = torch.cat([_packed(tokenizer, p, rows // len(texts)) for p in texts])
+    batch = torch.cat([_packed(tokenizer, p, rows // len(texts), skip) for p in texts])
     place = torch.arange(ROW)
     seen = (place <= place[:, None]) & (place > place[:, None] - WINDOW)
     mask = torch.zeros(ROW, ROW).masked_fill(~seen, torch.finfo(torch.float32).min)
@@ -68,11 +73,11 @@ def _computed(teacher: Path, texts: list[Path], rows: int) -> dict[str, Tensor]:
     return {"hidden": torch.cat(whole), "early": torch.cat(early), **head}
 
 
-def _packed(tokenizer: object, path: Path, rows: int) -> Tensor:
+def _packed(tokenizer: object, path: Path, rows: int, skip: int) -> Tensor:
     ids: list[int] = []
     with open(path, encoding="utf-8") as file:
         for line in file:
             ids += tokenizer(json.loads(line)["text"])["input_ids"]  # type: ignore[operator]
-            if len(ids) >= rows * ROW:
+            if len(ids) >= (skip + rows) * ROW:
                 break
-    return torch.tensor(ids[: rows * ROW]).reshape(rows, ROW)
+    return torch.tensor(ids[skip * ROW : (skip + rows) * ROW]).reshape(rows, ROW)

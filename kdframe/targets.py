@@ -64,9 +64,10 @@ class TruncatedTargets:
             )
         nodes = [1 / t for t in self.grid]
         # No log p of the tail is above this; 2**-10 is what a rounding to float16 can hide.
-        steepest = self.log_probs.amin(-1).clamp(min=_LOWEST) * (1 - 2**-10)
+        finite = self.log_probs.masked_fill(self.log_probs.isneginf(), 0)
+        steepest = finite.amin(-1).clamp(min=_LOWEST) * (1 - 2**-10)
         kept = torch.stack([torch.logsumexp(self.log_probs * u, dim=-1) for u in nodes], dim=-1)
-        share = (-torch.expm1(kept - self.grid_log_z)).clamp(min=_NOTHING)
+        share = (-torch.expm1(kept - self.grid_log_z)).clamp(min=_NOTHING / 4)
         tail = _mended(self.grid_log_z + share.log(), nodes, steepest)
         between = _between(tail, nodes, steepest, 1 / temperature)
         return torch.logaddexp(torch.logsumexp(self.log_probs / temperature, dim=-1), between)

@@ -91,11 +91,13 @@ def test_the_likeliest_ids_are_kept_within_the_codecs_precision(tmp_path, teache
     for i in range(len(rows)):
         kept, whole = store.targets([rows.request(i)], V), own_words(teacher, rows, i)
         wanted = whole.gather(-1, kept.ids)
-        torch.testing.assert_close(kept.log_probs, wanted, rtol=2e-3, atol=2e-3)
-        torch.testing.assert_close(kept.log_probs[:, 0], whole.amax(-1), rtol=2e-3, atol=2e-3)
+        # Half a step: the ids after the ninth have coarser ones.
+        torch.testing.assert_close(kept.log_probs, wanted, rtol=0, atol=0.1)
+        torch.testing.assert_close(kept.log_probs[:, :9], wanted[:, :9], rtol=0, atol=0.03)
+        torch.testing.assert_close(kept.log_probs[:, 0], whole.amax(-1), rtol=0, atol=0.03)
         for temperature in (1.0, 2.0, 5.0):
             log_z = torch.logsumexp(whole / temperature, dim=-1)
-            torch.testing.assert_close(kept.log_z(temperature), log_z, rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(kept.log_z(temperature), log_z, rtol=0, atol=0.03)
 
 
 def test_a_cache_that_lives_elsewhere_says_the_same_as_one_in_a_folder(tmp_path, teacher, rows):
@@ -234,7 +236,7 @@ def test_capture_never_holds_the_logits_of_all_tokens(tmp_path, teacher):
             [rows.request(i) for i in range(20)],
         )
     assert rows.counted_tokens > 500
-    assert most <= 64  # a chunk, and the codec's two buffers of one
+    assert most <= 5 * 32  # a chunk, and a buffer of one for each temperature of the codec
 
 
 def test_a_stop_keeps_what_is_committed_and_goes_on_with_the_same_batches(tmp_path, teacher, rows):

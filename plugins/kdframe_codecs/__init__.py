@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
-from kdframe.api import Codec, CodecConfig, TargetForm, TeacherShape, hookimpl
+from kdframe.api import Codec, CodecConfig, InputError, TargetForm, TeacherShape, hookimpl
+from kdframe_codecs.topk_layout import Layout, most_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +20,8 @@ class Dense(CodecConfig):
     """The whole distribution, at any temperature: `V` values for each position."""
 
     kind: Literal["dense"] = "dense"
-    precision: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Type of the stored log-probabilities."""
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    """Type of the stored log-probabilities; int8 has steps of each position's own."""
 
     form: ClassVar[TargetForm] = "dense"
 
@@ -29,14 +30,16 @@ class Dense(CodecConfig):
         return True
 
     def record_bytes(self, shape: TeacherShape) -> int:
-        """Two or four bytes for each id."""
+        """Four, two or one byte for each id; int8 adds four, the step."""
+        if self.precision == "int8":
+            return shape.vocab_size + 4
         return shape.vocab_size * (4 if self.precision == "float32" else 2)
 
     def build(self, shape: TeacherShape, fitted: Mapping[str, Tensor] | None = None) -> Codec:
         """The codec."""
-        from kdframe_codecs.dense import DenseCodec
+        from kdframe_codecs.dense import DenseCodec, Int8Codec
 
-        return DenseCodec(self, shape)
+        return Int8Codec(self, shape) if self.precision == "int8" else DenseCodec(self, shape)
 
 
 def _ascending_from_one(grid: tuple[float, ...]) -> tuple[float, ...]:
@@ -46,29 +49,37 @@ def _ascending_from_one(grid: tuple[float, ...]) -> tuple[float, ...]:
 
 
 class TopK(CodecConfig):
-    """The `k` likeliest ids, and the exact tail mass at a grid of temperatures.
+    """The likeliest ids, and the tail mass at a grid of temperatures.
 
-    The tail is kept as `log_z(T)`, the logarithm of the sum over the whole vocabulary of
-    `p ** (1/T)`: with it the kept ids have their true probability at T, and what is left is the
-    true mass of all others. A top-k without it cannot be read at another temperature than 1.
+    The tail is kept as its share of the sum over the whole vocabulary of `p ** (1/T)`: with it
+    the kept ids have their true probability at T, and what is left is the true mass of all
+    others. A top-k without it cannot be read at another temperature than 1.
     """
 
     kind: Literal["topk"] = "topk"
-    k: PositiveInt = 64
-    """How many ids are kept."""
+    k: Annotated[int, Field(ge=1, le=65_535)] | None = 64
+    """How many ids are kept (the codec `dense` keeps every one)."""
+    for_bytes: PositiveInt | None = None
+    """Instead of `k`: as many ids as a record of so many bytes can hold."""
     temperatures: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...],
         Field(min_length=1),
         AfterValidator(_ascending_from_one),
-    ] = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
-    """Temperatures at which the tail mass is exact; between them it is interpolated."""
+    ] = (1.0, 1.5, 2.0, 3.0, 6.0)
+    """Temperatures at which the tail mass is kept, a byte each; between them it is interpolated."""
 
     form: ClassVar[TargetForm] = "truncated"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bytes_instead(cls, given: Any) -> Any:
+        instead = isinstance(given, Mapping) and given.get("for_bytes") is not None
+        return {"k": None, **given} if instead else given
+
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.k > 65_535:
-            raise ValueError("k must be at most 65535; the codec 'dense' keeps every id")
+    def _one_size(self) -> Self:
+        if (self.k is None) == (self.for_bytes is None):
+            raise ValueError("give either k or for_bytes")
         return self
 
     @classmethod
@@ -84,10 +95,24 @@ class TopK(CodecConfig):
         """Temperatures inside the grid."""
         return self.temperatures[0] <= temperature <= self.temperatures[-1]
 
+    def layout(self, shape: TeacherShape) -> Layout:
+        """The parts of a record.
+
+        Raises:
+            InputError: not even one id fits `for_bytes`.
+        """
+        tails = len(self.temperatures) - 1
+        k = self.k or most_ids(self.for_bytes or 0, shape.vocab_size, tails)
+        if k:
+            return Layout.of(k, shape.vocab_size, tails)
+        least = Layout.of(1, shape.vocab_size, tails).size
+        raise InputError(
+            f"cache.codec.for_bytes: {self.for_bytes} bytes hold no id; give at least {least}"
+        )
+
     def record_bytes(self, shape: TeacherShape) -> int:
-        """Ids of 2 or 4 bytes, values of 2, and 4 for each temperature above 1."""
-        k = min(self.k, shape.vocab_size)
-        return k * ((2 if shape.vocab_size <= 65_536 else 4) + 2) + 4 * (len(self.temperatures) - 1)
+        """About two and a half bytes for each id, and one for each temperature above 1."""
+        return self.layout(shape).size
 
     def build(self, shape: TeacherShape, fitted: Mapping[str, Tensor] | None = None) -> Codec:
         """The codec."""

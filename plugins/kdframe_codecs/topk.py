@@ -1,77 +1,55 @@
-"""The codec `topk`: the likeliest ids, and the exact mass of all others at a grid of temperatures.
-
-A record is `k` ids (uint16 up to 65,536 of them, else uint32), `k` values (float16, log p at
-T = 1) and one `log_z` (float32) for each temperature above 1; little-endian, no padding.
-"""
+"""The codec `topk`: the likeliest ids, and the mass of all others at a grid of temperatures."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kdframe.api import InputError, TeacherOutputs, TeacherShape, TruncatedTargets
+from kdframe_codecs import topk_ids, topk_values
+from kdframe_codecs.topk_logits import power_sums, powers_of, read
+from kdframe_codecs.topk_tails import TailOdds
 
 if TYPE_CHECKING:
     from kdframe_codecs import TopK
 
-_CHUNK = 1 << 18  # logits worked on at once: a few buffers of them fit the processor's cache
-_SLACK = 1e-6  # mass held back for float32's own rounding, so that no sum passes 1
-
 
 class TopKCodec:
-    """`k` ids and log-probabilities, and `log_z` on the grid, for each position.
+    """`k` ids and log-probabilities, and the tail's share on the grid, for each position.
 
-    The values are rounded to float16 so that their mass is never above the true mass of the
-    kept ids and hardly below it: what is left, the tail, would otherwise hold the sum of all
-    roundings.
+    The record is described by `Layout`. Measured on a language model (docs/performance.md): a
+    kept log-probability errs by 0.01 nats (root mean square), the tail's logarithm above T = 1 by
+    as much. The decoded mass of the kept ids is never above the true one but for float32's error,
+    and nothing is normalised again: what the rounding loses, at most 0.04 %, counts to the tail.
+    Where every id is kept there is no tail; the values are float16 and normalised when read.
 
     Attributes:
         record_bytes: size of one record.
     """
 
     def __init__(self, config: TopK, shape: TeacherShape) -> None:
-        vocab_size = shape.vocab_size
-        self.record_bytes = config.record_bytes(shape)
-        self._vocab_size = vocab_size
-        self._k = min(config.k, vocab_size)
+        self._layout = config.layout(shape)
+        self.record_bytes = self._layout.size
         self._grid = config.temperatures
-        self._chains = _chains(config.temperatures)
-        fields = [
-            ("ids", "<u2" if vocab_size <= 65_536 else "<u4", (self._k,)),
-            ("values", "<f2", (self._k,)),
-            ("log_z", "<f4", (len(self._grid) - 1,)),
-        ]
-        self._dtype = np.dtype(fields)
+        self._plan = powers_of(config.temperatures)
+        # Where each temperature of the grid stands in the plan.
+        self._order = [[p.temperature for p in self._plan].index(t) for t in self._grid]
+        self._tails = TailOdds(self._layout.k, shape.vocab_size)
 
     def encode(self, outputs: TeacherOutputs) -> NDArray[np.uint8]:
         """The logits at `n` positions to records `[n, B]`."""
-        logits = outputs.logits.float()
-        n = len(logits)
-        ids = logits.new_empty((n, self._k), dtype=torch.int64)
-        values = logits.new_empty((n, self._k), dtype=torch.float64)
-        log_z = logits.new_empty((n, len(self._grid)), dtype=torch.float64)
-        step = max(1, _CHUNK // self._vocab_size)
-        scratch = logits.new_empty((2, min(step, n), self._vocab_size))
-        for i in range(0, n, step):
-            part = slice(i, i + step)
-            highest, ids[part] = _top(logits[part], self._k)
-            sums = _power_sums(logits[part], highest[:, :1], self._chains, scratch)
-            log_z[part] = torch.stack([sums[t] for t in self._grid], dim=1)
-            values[part] = highest - highest[:, :1]
-        log_z = log_z.log_()
-        values -= log_z[:, :1]
-        log_z -= log_z[:, :1] / log_z.new_tensor(self._grid)
-        records = np.empty(n, self._dtype)
-        records["ids"] = ids.cpu().numpy()
-        records["values"] = _to_float16(values.clamp_(max=0).cpu().numpy())
-        records["log_z"] = log_z[:, 1:].cpu().numpy()
-        return records.view(np.uint8).reshape(n, self.record_bytes)
+        found = read(outputs.logits.float(), self._layout.k, self._plan)
+        logits, ids, sums = (x.cpu().numpy() for x in found)
+        below = logits.astype(np.float64)
+        # Logits that are no numbers make records that are thrown away, and no noise.
+        with np.errstate(invalid="ignore"):
+            below -= logits[:, :1]
+            log_sums = np.log(sums[:, self._order])  # with the likeliest id at 1
+            log_probs = np.minimum(below - log_sums[:, :1], 0)
+            return self._written(log_probs, ids, log_sums + log_probs[:, :1] / self._grid)
 
     def encode_truncated(self, targets: TruncatedTargets) -> NDArray[np.uint8]:
         """Targets of any number of ids to records `[n, B]`: the `k` likeliest, fewer as `-inf`.
@@ -86,110 +64,58 @@ class TopKCodec:
                 f"from predictions at T = {', '.join(f'{t:g}' for t in targets.grid)}; set "
                 f"cache.codec.temperatures to {[float(t) for t in targets.grid]}"
             )
-        if self._k == self._vocab_size:
+        if self._layout.whole:
             raise InputError("cache.codec.k: covers the whole vocabulary; set a smaller one")
-        size = min(self._k, targets.ids.shape[1])
+        size = min(self._layout.k, targets.ids.shape[1])
         values, places = targets.log_probs.topk(size)
-        records = np.zeros(len(targets), self._dtype)
-        records["ids"][:, :size] = targets.ids.gather(1, places).cpu().numpy()
-        records["values"][:, size:] = -np.inf
-        records["values"][:, :size] = _to_float16(values.double().clamp(max=0).cpu().numpy())
-        columns = [targets.grid.index(t) for t in self._grid[1:]]
-        records["log_z"] = targets.grid_log_z[:, columns].cpu().numpy()
-        return records.view(np.uint8).reshape(len(targets), self.record_bytes)
+        ids = np.zeros((len(targets), self._layout.k), np.int64)
+        ids[:, :size] = targets.ids.gather(1, places).cpu().numpy()
+        log_probs = np.full(ids.shape, -np.inf)
+        log_probs[:, :size] = values.clamp(max=0).cpu().numpy()
+        columns = [targets.grid.index(t) for t in self._grid]
+        return self._written(log_probs, ids, targets.grid_log_z[:, columns].double().cpu().numpy())
+
+    def _written(
+        self, log_probs: NDArray[np.float64], ids: NDArray[np.int64], log_z: NDArray[np.float64]
+    ) -> NDArray[np.uint8]:
+        """Records `[n, B]` of falling log-probabilities and their ids `[n, k]`, `log_z [n, g]`."""
+        records = np.empty((len(ids), self.record_bytes), np.uint8)
+        low, high, first, bytewise, nibbles, whole, tails = (
+            records[:, part] for part in self._layout.slices
+        )
+        low[:] = topk_ids.low_bytes(ids)
+        if self._layout.high_bits:
+            high[:] = topk_ids.high_bytes(ids, self._layout.high_bits)
+        if self._layout.whole:
+            whole[:] = log_probs.astype("<f2").view(np.uint8)
+            return records
+        first[:], bytewise[:], nibbles[:] = topk_values.packed(log_probs)
+        decoded = topk_values.unpacked(first, bytewise, nibbles, self._layout.k)
+        odds = np.exp(log_z) / self._sums(decoded) - 1
+        tails[:] = self._tails.packed(odds, topk_values.ends(log_probs))[:, 1:]
+        return records
 
     def decode(self, records: NDArray[np.uint8]) -> TruncatedTargets:
-        """Records `[n, B]` to targets.
-
-        Where every id is kept nothing is left for a tail, and the values are normalised again
-        after their rounding, as the codec `dense` does.
-        """
-        fields = np.ascontiguousarray(records).view(self._dtype)[:, 0]
-        ids = torch.from_numpy(fields["ids"].astype(np.int64))
-        log_probs = torch.from_numpy(fields["values"].copy()).float()
-        if self._k == self._vocab_size:
-            log_probs = torch.log_softmax(log_probs, dim=-1)
+        """Records `[n, B]` to targets."""
+        low, high, first, bytewise, nibbles, whole, tails = (
+            records[:, part] for part in self._layout.slices
+        )
+        ids = torch.from_numpy(topk_ids.unpacked(low, high, self._layout.high_bits))
+        if self._layout.whole:
+            halves = torch.from_numpy(np.array(whole).view("<f2"))
+            log_probs = torch.log_softmax(halves.float(), dim=-1)
             log_z = torch.stack([(log_probs / t).logsumexp(-1) for t in self._grid], dim=1)
             return TruncatedTargets(ids, log_probs, self._grid, log_z)
-        log_z = torch.zeros(len(records), len(self._grid))
-        log_z[:, 1:] = torch.from_numpy(fields["log_z"].astype(np.float32))
-        return TruncatedTargets(ids, log_probs, self._grid, log_z)
+        values = topk_values.unpacked(first, bytewise, nibbles, self._layout.k)
+        sums = self._sums(values)
+        sums[:, 1:] *= 1 + self._tails.unpacked(tails)
+        sums[:, 0] = 1
+        log_z = torch.from_numpy(np.log(sums))
+        return TruncatedTargets(ids, torch.from_numpy(values), self._grid, log_z)
 
-
-def _chains(grid: Sequence[float]) -> list[list[float]]:
-    """Temperatures in chains where each is half of the one before: 4, 2, 1; 3, 1.5; 5.
-
-    Down a chain `exp(x / T)` comes by squaring, which costs a fraction of an exponential.
-    """
-    left = sorted(grid, reverse=True)
-    chains = []
-    while left:
-        chain = [left.pop(0)]
-        while chain[-1] / 2 in left:
-            left.remove(chain[-1] / 2)
-            chain.append(chain[-1] / 2)
-        chains.append(chain)
-    return chains
-
-
-def _power_sums(
-    logits: Tensor, highest: Tensor, chains: Sequence[Sequence[float]], scratch: Tensor
-) -> dict[float, Tensor]:
-    """`[n]` for each temperature: the sum over the vocabulary of `exp((logits - highest) / T)`.
-
-    With `highest [n, 1]`, each row's maximum, every sum is at least 1. `scratch` is
-    `[2, n or more, V]`: memory used again is several times faster than new memory.
-    """
-    shifted, powers = scratch[:, : len(logits)]
-    torch.sub(logits, highest, out=shifted)
-    sums = {}
-    for chain in chains:
-        torch.mul(shifted, 1 / chain[0], out=powers)
-        powers.exp_()
-        for i, temperature in enumerate(chain):
-            if i:
-                powers.mul_(powers)
-            sums[temperature] = powers.sum(-1)
-    return sums
-
-
-def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`[n, k]` each: the largest logits and their ids, falling.
-
-    The vocabulary is cut into columns; the `k` largest logits lie in the `k` columns of the
-    largest maxima, so that the costly selection runs over a small part.
-    """
-    vocab_size = logits.shape[1]
-    depth = math.isqrt(vocab_size // k)
-    if depth < 4:
-        values, ids = logits.topk(k)
-        return values, ids
-    columns = vocab_size // depth
-    best = logits[:, : depth * columns].reshape(-1, depth, columns).amax(1)
-    best = best.topk(k, sorted=False).indices
-    level = torch.arange(depth, device=logits.device).unsqueeze(-1) * columns
-    rest = torch.arange(depth * columns, vocab_size, device=logits.device)
-    ids = torch.cat([(level + best.unsqueeze(1)).flatten(1), rest.expand(len(logits), -1)], dim=1)
-    values, places = logits.gather(1, ids).topk(k)
-    return values, ids.gather(1, places)
-
-
-def _to_float16(log_probs: NDArray[np.float64]) -> NDArray[np.float16]:
-    """Round `[n, k]` log-probabilities, falling, so that their mass stays just under the true one.
-
-    Each is rounded down; where the mass lost so far pays for it, it is rounded up instead.
-    """
-    bits = (-log_probs).astype(np.float16).view(np.uint16)  # of the magnitude: 0 is p = 1
-    bits += bits.view(np.float16) < -log_probs
-    down = np.exp(-(bits.view(np.float16).astype(np.float64)))
-    above = np.where((bits > 0) & (bits < 0x7C00), bits - 1, bits).astype(np.uint16)
-    gain = np.exp(-(above.view(np.float16).astype(np.float64))) - down
-    lost = np.exp(log_probs) - down
-    gain, lost, bits, above = (np.ascontiguousarray(x.T) for x in (gain, lost, bits, above))
-    owed = np.full(len(log_probs), -_SLACK)
-    for i in range(len(bits)):
-        owed += lost[i]
-        up = owed >= gain[i]
-        owed -= np.where(up, gain[i], 0)
-        np.copyto(bits[i], above[i], where=up)
-    return -bits.view(np.float16).T
+    def _sums(self, log_probs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`[n, g]`: the kept ids' sums of `p ** (1/T)`."""
+        x = torch.from_numpy(log_probs)
+        scratch = x.new_empty((len(self._plan), *x.shape))
+        found: NDArray[np.float32] = power_sums(x, None, self._plan, scratch).numpy()
+        return found[:, self._order]
