@@ -123,10 +123,10 @@ class Hidden(CodecConfig):
         return 4 + _hidden_width(shape, self.kind) * (2 if self.precision == "float16" else 1)
 
     def fit(self, sample: TeacherOutputs) -> Mapping[str, Tensor]:
-        """The output layer."""
-        from kdframe_codecs.heads import plain_head
+        """The output layer; for int8, how far each number spreads."""
+        from kdframe_codecs.hidden import fit_hidden
 
-        return plain_head(sample).tensors()
+        return fit_hidden(sample, self.precision)
 
     def build(self, shape: TeacherShape, fitted: Mapping[str, Tensor] | None = None) -> Codec:
         """The codec."""
@@ -193,12 +193,10 @@ class Hybrid(CodecConfig):
 
     def record_bytes(self, shape: TeacherShape) -> int:
         """Three bytes and a little more for each id, `bits` for each number of the state."""
-        k, high_bits = (
-            min(self.k, shape.vocab_size),
-            max(0, (shape.vocab_size - 1).bit_length() - 16),
-        )
+        k = min(self.k, shape.vocab_size)
+        high = max(0, (shape.vocab_size - 1).bit_length() - 16)
         state = (_hidden_width(shape, self.kind) * self.bits + 7) // 8
-        return 3 * k + (k * high_bits + 7) // 8 + 1 + state
+        return 3 * k + (k * high + 7) // 8 + 1 + state
 
     def fit(self, sample: TeacherOutputs) -> Mapping[str, Tensor]:
         """The transform, its levels, and the output layer."""

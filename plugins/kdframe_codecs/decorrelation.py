@@ -62,7 +62,7 @@ def decorrelating(states: Tensor, metric: Tensor) -> Transform:
 def _axes(plain: Tensor) -> Tensor:
     """`[H, H]`: the principal axes in columns, the widest first, with their signs settled."""
     centred = plain - plain.mean(0) if len(plain) else plain
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    axes: Tensor = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
     largest = axes.abs().argmax(0, keepdim=True)
     return axes * axes.gather(0, largest).sign()
 

@@ -1,8 +1,9 @@
 """The codec `hidden`: the teacher's final hidden state, whole.
 
-A record is a scale (float32) and `H` numbers, float16 or int8, little-endian: the state is their
-product. The scale brings the largest number of a row near the top of the type, so that nothing
-overflows; for float16 it is a power of two, so that it rounds nothing.
+A record is a scale (float32) and `H` numbers, float16 or int8, little-endian. Their product is the
+state, in int8 after each number is divided by how far it usually spreads. The scale brings the
+largest number of a row near the top of the type, so that nothing overflows; for float16 it is a
+power of two, which rounds nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +17,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdframe.api import HiddenTargets, TeacherOutputs, TeacherShape
-from kdframe_codecs.heads import kept_head
+from kdframe_codecs.heads import kept_head, plain_head
 
 if TYPE_CHECKING:
     from kdframe_codecs import Hidden
 
 _LARGEST = {"float16": 2.0**15, "int8": 127.0}
+_NARROWEST = 1e-3  # of the widest spread: a sample may hold hardly any of a number
 _SMALLEST = 2.0**-126  # float32's smallest with all its digits
+
+
+def fit_hidden(sample: TeacherOutputs, precision: str) -> dict[str, Tensor]:
+    """The output layer and, for int8, `spread [H]`.
+
+    It is the root of each number's root mean square: with a row's own scale alone, the few
+    numbers that are always large would take all levels from the others.
+    """
+    found = plain_head(sample).tensors()
+    if precision == "float16" or not len(sample):
+        return found
+    square = sample.hidden.float().square().mean(0)
+    widest = square.max().clamp(min=_SMALLEST)
+    return {**found, "spread": square.clamp(min=widest * _NARROWEST**2) ** 0.25}
 
 
 class HiddenCodec:
@@ -35,12 +51,15 @@ class HiddenCodec:
     def __init__(self, config: Hidden, shape: TeacherShape, fitted: Mapping[str, Tensor]) -> None:
         self.record_bytes = config.record_bytes(shape)
         self._head = kept_head(shape, fitted)
+        self._spread = fitted.get("spread")
         self._precision = config.precision
         self._dtype = np.dtype("<f2" if config.precision == "float16" else "i1")
 
     def encode(self, outputs: TeacherOutputs) -> NDArray[np.uint8]:
         """The hidden states at `n` positions to records `[n, B]`."""
         hidden = outputs.hidden.float()
+        if self._spread is not None:
+            hidden = hidden / self._spread.to(hidden.device)
         scale = self._scale(hidden)
         scaled = hidden / scale
         if self._precision == "int8":
@@ -54,7 +73,10 @@ class HiddenCodec:
         records = np.ascontiguousarray(records)
         scale = torch.from_numpy(records[:, :4].copy().view("<f4"))
         numbers = torch.from_numpy(records[:, 4:].copy().view(self._dtype))
-        return HiddenTargets(numbers.float().mul_(scale), self._head)
+        hidden = numbers.float().mul_(scale)
+        return HiddenTargets(
+            hidden if self._spread is None else hidden.mul_(self._spread), self._head
+        )
 
     def _scale(self, hidden: Tensor) -> Tensor:
         """`[n, 1]`: brings the largest of a row to the top of the type."""

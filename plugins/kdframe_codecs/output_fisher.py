@@ -30,9 +30,10 @@ def fisher(head: OutputHead, hidden: Tensor, known: int = 0) -> Tensor:
     """
     weight = head.weight.float()
     diagonal = weight.new_zeros(len(weight))
+    step = max(1, _CHUNK // len(weight))
     inner = weight.new_zeros(weight.shape[1], weight.shape[1])
-    for part in hidden.float().split(max(1, _CHUNK // len(weight))):
-        logits = head(part)
+    for i in range(0, len(hidden), step):
+        logits = head(hidden[i : i + step])
         slope = _slope(head, logits)
         away = logits.topk(min(known, len(weight))).indices
         log_tail = torch.log_softmax(logits, -1).scatter(-1, away, -torch.inf)
