@@ -69,7 +69,7 @@ def _axes(plain: Tensor) -> Tensor:
 
 def _variances(plain: Tensor) -> Tensor:
     """`[H]`, falling: the mean square along axes that were found without the position."""
-    folds = plain.tensor_split(min(_FOLDS, len(plain)))
+    folds = plain.tensor_split(max(1, min(_FOLDS, len(plain))))
     total = plain.new_zeros(plain.shape[1])
     for i, fold in enumerate(folds):
         rest = torch.cat([*folds[:i], *folds[i + 1 :], plain[:0]])
