@@ -114,6 +114,11 @@ class Hidden(CodecConfig):
     reads_hidden: ClassVar[bool] = True
     fits: ClassVar[bool] = True
 
+    @classmethod
+    def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
+        """Both precisions."""
+        return (cls(precision="int8"), cls())
+
     def serves(self, temperature: float) -> bool:
         """Every temperature."""
         return temperature > 0
@@ -148,6 +153,11 @@ class Klt(CodecConfig):
     form: ClassVar[TargetForm] = "hidden"
     reads_hidden: ClassVar[bool] = True
     fits: ClassVar[bool] = True
+
+    @classmethod
+    def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
+        """2 to 6 bits; above, the codec `hidden` in int8 is as small and simpler."""
+        return tuple(cls(bits=bits) for bits in (2, 3, 4, 6))
 
     def serves(self, temperature: float) -> bool:
         """Every temperature."""
@@ -186,6 +196,11 @@ class Hybrid(CodecConfig):
     form: ClassVar[TargetForm] = "hidden"
     reads_hidden: ClassVar[bool] = True
     fits: ClassVar[bool] = True
+
+    @classmethod
+    def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
+        """2 to 4 bits; above, the state needs no help."""
+        return tuple(cls(bits=bits) for bits in (2, 3, 4))
 
     def serves(self, temperature: float) -> bool:
         """Every temperature."""
