@@ -156,8 +156,8 @@ class Klt(CodecConfig):
 
     @classmethod
     def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
-        """2 to 6 bits; above, the codec `hidden` in int8 is as small and simpler."""
-        return tuple(cls(bits=bits) for bits in (2, 3, 4, 6))
+        """2 to 4 bits; above, numbers fill bytes badly, and `hidden` in int8 is better."""
+        return tuple(cls(bits=bits) for bits in (2, 3, 4))
 
     def serves(self, temperature: float) -> bool:
         """Every temperature."""

@@ -17,16 +17,28 @@ from torch import Tensor
 _ROOT = 4
 _LOG_SHARES = torch.arange(256).div(255).log().mul(_ROOT)
 _LOW_BITS = 16
+_SMALLEST = 2.0**-126  # float32's smallest with all its digits
+_BLOCK = 1 << 18  # logits worked on at once: a few buffers of them fit the processor's cache
 
 
 def encode(logits: Tensor, k: int) -> NDArray[np.uint8]:
     """The `k` likeliest ids of logits `[n, V]`, to records."""
-    highest, ids = logits.topk(k)
-    steps = torch.exp((highest - highest[:, :1]) / _ROOT).mul(255).round()
-    told = torch.where(steps > 0, -torch.inf, highest)
-    log_rest = logits.scatter(-1, ids, told).logsumexp(-1) - logits.logsumexp(-1)
+    n, vocab_size = logits.shape
+    ids = logits.new_empty((n, k), dtype=torch.int64)
+    steps = logits.new_empty((n, k))
+    log_rest = logits.new_empty(n)
+    step = max(1, _BLOCK // vocab_size)
+    for i in range(0, n, step):
+        part = slice(i, i + step)
+        highest, ids[part] = logits[part].topk(k)
+        steps[part] = torch.exp((highest - highest[:, :1]) / _ROOT).mul(255).round()
+        powers = torch.exp(logits[part] - highest[:, :1])
+        kept = powers.gather(-1, ids[part]).where(steps[part] > 0, 0)
+        rest = powers.scatter_(-1, ids[part], powers.gather(-1, ids[part]) - kept).sum(-1)
+        rest = rest.clamp(min=_SMALLEST)  # an id that is possible stays so
+        log_rest[part] = torch.log(rest) - torch.log(rest + kept.sum(-1))
     parts = [
-        *_id_bytes(ids.cpu().numpy(), _high_bits(logits.shape[1])),
+        *_id_bytes(ids.cpu().numpy(), _high_bits(vocab_size)),
         log_rest.clamp(max=0).cpu().numpy().astype("<f2")[:, None].view(np.uint8),
         steps[:, 1:].to(torch.uint8).cpu().numpy(),
     ]

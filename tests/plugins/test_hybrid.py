@@ -83,6 +83,13 @@ def test_a_certain_teacher_keeps_its_tail_at_other_temperatures():
         )
 
 
+def test_what_float32_cannot_hold_is_still_possible():
+    logits = torch.zeros(1, 40)
+    logits[0, 3] = 500.0
+    found = HiddenTargets(logits, OutputHead(torch.eye(40)), *through_bytes(logits, 4)).dense()
+    assert found.log_probs.isfinite().all()
+
+
 def test_soft_cap_scale_and_bias_are_kept():
     sample = outputs(300, soft_cap=8.0, scale=2.0, bias=normal(300))
     targets = coded(Hybrid(bits=8), sample, sample)
