@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 PLAN = "plan.json"
 FIT_POSITIONS = 4096
 """Positions that a codec is fitted on."""
+FIT_OF_ROW = 256
+"""At most so many of them from one row: what is near alike tells little."""
 
 
 def fill(
@@ -224,7 +226,9 @@ def _fit(
     for key in sorted(missing):  # a hash: any order of the data draws the same rows
         if sum(map(len, states)) >= FIT_POSITIONS:
             break
-        some = live_teacher.states(halves, [ids[key]], [missing[key]])
+        positions = missing[key].positions
+        few = positions[:: max(1, -(-len(positions) // FIT_OF_ROW))]
+        some = live_teacher.states(halves, [ids[key]], [RowPositions(key, few)])
         states.append(some[torch.isfinite(some).all(-1)])
     head = halves.head if halves.whole else OutputLayer(halves.model).plain()
     codec.fit(TeacherOutputs(torch.cat(states)[:FIT_POSITIONS], head))

@@ -7,7 +7,7 @@ All probabilities are natural logarithms in float32.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -189,7 +189,9 @@ class HiddenTargets:
         hidden: `[n, H]` float32.
         head: the teacher's output layer.
         exact_ids, exact_log_probs: `[n, k]`, ids whose log p at T = 1 is known better than the
-            hidden state tells it (`-inf`: not known); the others share what mass is left.
+            hidden state tells it (`-inf`: not known).
+        log_rest: `[n]`, log of the mass that the others share; None: what the exact ones leave.
+            Where that is little, float32 cannot tell it from their sum.
         vocab_size: the width that was asked for with `resized`; None is the head's.
     """
 
@@ -197,6 +199,7 @@ class HiddenTargets:
     head: OutputHead
     exact_ids: Tensor | None = None
     exact_log_probs: Tensor | None = None
+    log_rest: Tensor | None = None
     vocab_size: int | None = None
 
     form: ClassVar[TargetForm] = "hidden"
@@ -206,25 +209,29 @@ class HiddenTargets:
 
     def dense(self) -> DenseTargets:
         """The whole distribution, `[n, V]`."""
-        found = DenseTargets.from_logits(self.head(self.hidden))
-        if self.exact_ids is not None and self.exact_log_probs is not None:
-            found = _corrected(found, self.exact_ids, self.exact_log_probs)
+        logits = self.head(self.hidden)
+        if self.exact_ids is None or self.exact_log_probs is None:
+            found = DenseTargets.from_logits(logits)
+        else:
+            found = _corrected(logits, self.exact_ids, self.exact_log_probs, self.log_rest)
         return found if self.vocab_size is None else _resized_dense(found, self.vocab_size)
 
     def select(self, index: slice | Tensor) -> HiddenTargets:
         """The targets of some of the positions."""
-        ids = None if self.exact_ids is None else self.exact_ids[index]
-        log_probs = None if self.exact_log_probs is None else self.exact_log_probs[index]
-        return HiddenTargets(self.hidden[index], self.head, ids, log_probs, self.vocab_size)
+        return self._each(lambda x: x[index])
 
     def to(self, device: torch.device) -> HiddenTargets:
         """The same targets on another device."""
-        ids, log_probs = (
-            None if x is None else x.to(device, non_blocking=True)
-            for x in (self.exact_ids, self.exact_log_probs)
+        moved = self._each(lambda x: x.to(device, non_blocking=True))
+        return dataclasses.replace(moved, head=self.head.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> HiddenTargets:
+        ids, log_probs, rest = (
+            None if x is None else change(x)
+            for x in (self.exact_ids, self.exact_log_probs, self.log_rest)
         )
-        hidden = self.hidden.to(device, non_blocking=True)
-        return HiddenTargets(hidden, self.head.to(device), ids, log_probs, self.vocab_size)
+        hidden = change(self.hidden)
+        return HiddenTargets(hidden, self.head, ids, log_probs, rest, self.vocab_size)
 
 
 ChunkTargets = TruncatedTargets | DenseTargets | WeightedTargets
@@ -271,16 +278,20 @@ def _resized_dense(targets: DenseTargets, vocab_size: int) -> DenseTargets:
     return DenseTargets(torch.nn.functional.pad(targets.log_probs, (0, missing), value=-torch.inf))
 
 
-def _corrected(found: DenseTargets, ids: Tensor, log_probs: Tensor) -> DenseTargets:
-    """The distribution with some log-probabilities replaced; the others share the rest."""
+def _corrected(
+    logits: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor | None
+) -> DenseTargets:
+    """The distribution of logits `[n, V]`, with some probabilities replaced. Overwrites them."""
     known = ~log_probs.isneginf()
-    whole = found.log_probs
-    guessed = whole.gather(-1, ids).exp().masked_fill(~known, 0).sum(-1, keepdim=True)
-    rest = 1 - log_probs.exp().sum(-1, keepdim=True)
-    scale = rest.clamp(min=_NOTHING).log() - (1 - guessed).clamp(min=_NOTHING).log()
-    moved = whole + scale
-    replaced = torch.where(known, log_probs, moved.gather(-1, ids))
-    return DenseTargets(torch.log_softmax(moved.scatter(-1, ids, replaced), dim=-1))
+    if log_rest is None:
+        log_rest = (1 - log_probs.exp().sum(-1)).clamp(min=_NOTHING).log()
+    guessed = logits.gather(-1, ids)
+    log_others = logits.scatter_(-1, ids, guessed.masked_fill(known, -torch.inf)).logsumexp(-1)
+    log_rest = torch.where(log_others.isneginf(), log_others, log_rest)  # no others
+    log_all = torch.logaddexp(log_probs.logsumexp(-1), log_rest)
+    shift = torch.where(log_rest.isneginf(), log_rest, log_rest - log_others - log_all)[:, None]
+    replaced = torch.where(known, log_probs - log_all[:, None], guessed + shift)
+    return DenseTargets(logits.add_(shift).scatter_(-1, ids, replaced))
 
 
 def _mended(tail: Tensor, nodes: Sequence[float], steepest: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class FittedCodec:
     @property
     def ready(self) -> bool:
         """Whether it was fitted, here or by another process."""
-        return self._built is not None or self._cache.kept(FITTED) is not None
+        return self._built is not None or FITTED in self._cache.kept_names()
 
     def fit(self, sample: TeacherOutputs) -> None:
         """Fit it, unless another process came first."""

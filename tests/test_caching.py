@@ -1,6 +1,7 @@
 """The stage that asks the teacher: once for each row, and what it says is what is kept."""
 
 import json
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from kdframe.teacher_cache import open_cache
 from kdframe_arrow_cache import ArrowCache
 from kdframe_codecs import Dense, TopK
 from kdframe_mmap_cache import MmapCache
+from tests.codec_kit import HalfHidden
 from tests.run_kit import filled, learn, lesson, lines, load, token_rows
 from tests.test_output_layer import Bent, build
 
@@ -330,3 +332,32 @@ def test_a_disk_that_is_too_small_is_told_before_the_teacher_is_loaded(tmp_path,
 
 def test_the_kit_fills_a_cache(tmp_path, teacher, rows):
     assert filled(tmp_path, teacher, [rows]).missing([rows]) == []
+
+
+def test_a_codec_is_fitted_on_positions_of_many_rows(tmp_path, teacher, monkeypatch):
+    """A long row gives some of its positions, spread over it."""
+    monkeypatch.setattr(caching, "FIT_POSITIONS", 30)
+    monkeypatch.setattr(caching, "FIT_OF_ROW", 4)
+    samples = []
+
+    class Watching(HalfHidden):
+        kind: Literal["watching"] = "watching"
+
+        def fit(self, sample):
+            samples.append(sample)
+            return super().fit(sample)
+
+    rows = token_rows(20, longest=40)
+    filled(tmp_path, teacher, [rows], Watching())
+    (sample,) = samples
+    assert len(sample) == 30
+    row_of = []
+    for i in range(len(rows)):
+        with torch.no_grad():
+            ids = torch.tensor(rows.row(i).astype(np.int64))[None]
+            states = teacher.model(ids).last_hidden_state[0]
+        own = states[rows.positions(i).astype(np.int64)]
+        apart = (sample.hidden[:, None] - own).abs().amax(-1)
+        row_of.append(int((apart.amin(-1) < 1e-3).sum()))
+    assert max(row_of) <= 4
+    assert sum(row_of) == 30
