@@ -101,6 +101,10 @@ class CodecConfig(Part):
         """Whether the targets can be read at `temperature`."""
         raise NotImplementedError
 
+    def remedy(self, temperature: float) -> str:
+        """What to set, so that a temperature that is not served will be: `use codec 'dense'`."""
+        return "use codec 'dense'"
+
     def record_bytes(self, shape: TeacherShape) -> int:
         """Bytes of one position's record."""
         raise NotImplementedError

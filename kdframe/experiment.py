@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,7 @@ from pydantic import (
 from kdframe.cache_parts import CacheConfig, CodecConfig
 from kdframe.part import Place
 from kdframe.parts import EvaluatorConfig, ExporterConfig, LossConfig, ProjectionConfig
-from kdframe.plugins import Slot
+from kdframe.plugins import Slot, installed
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -255,7 +255,7 @@ class Experiment(Section):
             if not codec.serves(temperature):
                 raise ValueError(
                     f"codec {codec.kind!r} does not serve temperature {temperature:g} of loss "
-                    f"{self.loss.kind!r}; add it to cache.codec.temperatures, or use codec 'dense'"
+                    f"{self.loss.kind!r}; {codec.remedy(temperature)}"
                 )
         return self
 
@@ -295,15 +295,25 @@ class Experiment(Section):
 
 
 def form_fault(loss: LossConfig, codec: CodecConfig) -> str:
-    """Why a loss cannot read what a codec gives; empty if it can."""
-    # A loss meets hidden states as the dense distribution that they make.
-    met = "dense" if codec.form == "hidden" else codec.form
-    if met in loss.accepts:
+    """Why a loss cannot read what a codec gives, and what it could; empty if it can."""
+    if _reads(loss, codec):
         return ""
     return (
         f"loss {loss.kind!r} does not accept {codec.form} targets, which codec "
-        f"{codec.kind!r} gives; it accepts: {', '.join(sorted(loss.accepts))}"
+        f"{codec.kind!r} gives; it accepts: {', '.join(sorted(loss.accepts))}; "
+        f"codecs that serve it: {', '.join(_codecs_of(loss)) or 'none installed'}"
     )
+
+
+def _reads(loss: LossConfig, codec: CodecConfig | type[CodecConfig]) -> bool:
+    # A loss meets hidden states as the dense distribution that they make.
+    return ("dense" if codec.form == "hidden" else codec.form) in loss.accepts
+
+
+def _codecs_of(loss: LossConfig) -> list[str]:
+    """The installed codecs whose targets a loss reads, by name."""
+    codecs = installed().kinds.get("codec", {}).values()
+    return sorted(c.kind for c in codecs if _reads(loss, cast("type[CodecConfig]", c.part)))
 
 
 def fingerprint(plain: Any) -> str:

@@ -10,7 +10,7 @@ from kdframe import Data, Experiment, Student, Teacher
 from kdframe.experiment import Section, fingerprint
 from kdframe.part import Part
 from kdframe.plugins import installed
-from kdframe_codecs import Dense, TopK
+from kdframe_codecs import Dense, Sampled, TopK
 from kdframe_logit_kd import LogitKD
 from kdframe_mmap_cache import MmapCache
 
@@ -55,6 +55,30 @@ def test_a_temperature_that_the_codec_does_not_serve_is_refused_with_the_remedy(
     with pytest.raises(pydantic.ValidationError, match=r"temperature 9 .*cache.codec.temperatures"):
         make(loss={"kind": "logit_kd", "temperature": 9})
     assert make(loss=LogitKD(temperature=9), cache=MmapCache(codec=Dense())).loss
+
+
+def test_draws_serve_the_temperature_of_the_loss_or_are_refused_with_the_remedy():
+    draws = {"kind": "mmap", "codec": {"kind": "sampled"}}
+    remedy = r"temperature 2 .*set cache\.codec\.temperature to 2"
+    with pytest.raises(pydantic.ValidationError, match=remedy):
+        make(cache=draws, loss=LogitKD(temperature=2))
+    drawn = make(cache=draws)
+    with pytest.raises(pydantic.ValidationError, match=remedy):
+        drawn.with_({"loss.temperature": 2.0})
+    both = drawn.with_({"loss.temperature": 2.0, "cache.codec.temperature": 2.0})
+    assert both.cache.codec == Sampled(temperature=2)
+
+
+def test_a_loss_that_reads_no_draws_is_refused_with_the_codecs_that_serve_it():
+    class WholeOnly(LogitKD):
+        accepts = frozenset({"truncated", "dense"})
+
+    with pytest.raises(pydantic.ValidationError) as refused:
+        make(cache=MmapCache(codec=Sampled()), loss=WholeOnly())
+    assert "does not accept weighted targets, which codec 'sampled' gives" in str(refused.value)
+    serving = str(refused.value).split("codecs that serve it: ")[1].split("[")[0]
+    assert {"dense", "topk"} <= set(serving.strip().split(", "))
+    assert "sampled" not in serving
 
 
 def test_a_student_has_one_origin():

@@ -97,6 +97,83 @@ def test_minus_infinity_in_teacher_student_or_both_stays_finite():
     torch.testing.assert_close(common.total, whole.total, rtol=1e-6, atol=1e-6)
 
 
+def drawn(n: int, entries: int = 6, temperature: float = 1.0) -> WeightedTargets:
+    """Ids with weights that do not sum to 1; each row's last entry is none."""
+    generator = torch.Generator().manual_seed(n)
+    ids = torch.rand(n, V, generator=generator).argsort(-1)[:, :entries]
+    weights = torch.rand(n, entries, generator=generator) / 3
+    ids[:, -1], weights[:, -1] = 0, 0.0
+    return WeightedTargets(ids, weights, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_the_gradient_of_drawn_targets_is_the_students_probability_less_the_weight(temperature):
+    logits = (torch.randn(7, V) * 3).requires_grad_()
+    targets = drawn(7, temperature=temperature)
+    soft = LogitKD(temperature=temperature).build()(logits, targets, torch.zeros(7).long())
+    gradient = torch.autograd.grad(soft.terms["soft"].sum(), logits)[0]
+    weights = torch.zeros(7, V).scatter_add(-1, targets.ids, targets.weights)
+    wanted = temperature * (torch.softmax(logits / temperature, dim=-1) - weights)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_drawn_targets_that_are_the_distribution_give_its_gradient_and_cross_entropy():
+    teacher, student = torch.randn(5, V) * 3, (torch.randn(5, V) * 3).requires_grad_()
+    dense = DenseTargets.from_logits(teacher)
+    p = dense.at(2.0).exp()
+    whole = WeightedTargets(torch.arange(V).expand(5, V), p, 2.0)
+    loss = LogitKD(temperature=2.0).build()
+    found, wanted = (loss(student, targets, torch.zeros(5).long()) for targets in (whole, dense))
+    entropy = -(p * dense.at(2.0)).sum(-1)
+    torch.testing.assert_close(found.terms["soft"], wanted.terms["soft"] + 4 * entropy)
+    one, other = (torch.autograd.grad(x.total.sum(), student)[0] for x in (found, wanted))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_drawn_targets_heeds_no_constant_in_the_logits():
+    logits, labels = torch.randn(4, V), torch.zeros(4).long()
+    loss = LogitKD().build()
+    one, other = (loss(x, drawn(4), labels).terms["soft"] for x in (logits, logits + 100))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_drawn_targets_of_ids_that_the_student_masks_stay_finite():
+    targets = drawn(3)
+    student = torch.randn(3, V)
+    student[:, 0] = -torch.inf  # where rows with fewer entries point
+    student[1, targets.ids[1, 0]] = -torch.inf
+    student.requires_grad_()
+    total = LogitKD(alpha=0, temperature=1).build()(student, targets, torch.ones(3).long()).total
+    assert torch.isfinite(total).all()
+    assert torch.isfinite(torch.autograd.grad(total.sum(), student)[0]).all()
+
+
+@given(chunk=st.integers(1, 12), own_gradient=st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_chunks_change_nothing_for_drawn_targets(chunk, own_gradient):
+    torch.manual_seed(1)
+    weight = torch.randn(V, 8, requires_grad=True)
+    hidden, labels, targets = torch.randn(11, 8), torch.randint(0, V, (11,)), drawn(11)
+    kd = LogitKD(alpha=0.3).build()
+
+    class Loss:
+        def __call__(self, logits, part):
+            return kd(logits, targets.select(part), labels[part])
+
+        def with_gradient(self, logits, part):
+            if not own_gradient:
+                return None
+            return kd.with_gradient(logits, targets.select(part), labels[part])
+
+    head = Head(lambda piece: piece @ weight.T, [weight], weight)
+    total, terms = chunked(Loss(), hidden, head, chunk)
+    wanted = kd(hidden @ weight.T, targets, labels)
+    assert total.item() == pytest.approx(wanted.total.sum().item(), rel=1e-5)
+    assert terms["soft"].item() == pytest.approx(wanted.terms["soft"].sum().item(), rel=1e-5)
+    found, expected = (torch.autograd.grad(x, weight)[0] for x in (total, wanted.total.sum()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @given(chunk=st.integers(1, 30), n=st.integers(1, 25), by_matrices=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_chunks_change_neither_loss_nor_gradients(chunk, n, by_matrices):

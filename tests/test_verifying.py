@@ -9,7 +9,7 @@ from kdframe.api import TeacherShape
 from kdframe.output_layer import Halves
 from kdframe.progress import Quiet
 from kdframe.teacher_cache import open_cache
-from kdframe_codecs import Dense, TopK
+from kdframe_codecs import Dense, Sampled, TopK
 from kdframe_mmap_cache import MmapCache
 from tests.codec_kit import Comb, HalfHidden
 from tests.run_kit import filled, load, token_rows
@@ -18,6 +18,7 @@ V = 400
 
 
 CODECS = [TopK(k=16), TopK(k=400), Dense(), Dense(precision="float32"), HalfHidden(), Comb()]
+CODECS += [Sampled(), Sampled(entries=24, temperature=2)]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from kdframe.api import Codec, CodecConfig, InputError, TargetForm, TeacherShape, hookimpl
 from kdframe_codecs.topk_layout import Layout, most_ids
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kdframe.api import TeacherOutputs
 
 _LADDER = (16, 32, 64, 128, 256)  # values of k
+_ROOMS = (14, 28, 56, 112)  # values of entries
 
 
 class Dense(CodecConfig):
@@ -111,6 +112,10 @@ class TopK(CodecConfig):
         raise InputError(
             f"cache.codec.for_bytes: {self.for_bytes} bytes hold no id; give at least {least}"
         )
+
+    def remedy(self, temperature: float) -> str:
+        """A wider grid."""
+        return "add it to cache.codec.temperatures, or use codec 'dense'"
 
     def record_bytes(self, shape: TeacherShape) -> int:
         """About two and a half bytes for each id, and one for each temperature above 1."""
@@ -261,7 +266,50 @@ def _hidden_width(shape: TeacherShape, kind: str) -> int:
     return shape.hidden_size
 
 
+class Sampled(CodecConfig):
+    """Ids drawn from the teacher's distribution, with weights whose expectation is it.
+
+    Where `topk` errs the same way at every position, the errors of draws cancel out over many.
+    The likeliest ids are kept for certain, the others drawn; made for one temperature.
+    """
+
+    kind: Literal["sampled"] = "sampled"
+    entries: Annotated[int, Field(ge=1, le=4096)] = 28
+    """Room for so many ids; unlikely ones take less, so that up to twice as many fit."""
+    temperature: PositiveFloat = 1.0
+    """The temperature at which is drawn: that of the loss."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    """Another seed draws other ids."""
+
+    form: ClassVar[TargetForm] = "weighted"
+
+    @classmethod
+    def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
+        """14 to 112 entries, at each of the temperatures."""
+        return tuple(cls(entries=e, temperature=t) for t in temperatures or (1.0,) for e in _ROOMS)
+
+    def serves(self, temperature: float) -> bool:
+        """Its own temperature."""
+        return temperature == self.temperature
+
+    def remedy(self, temperature: float) -> str:
+        """Draws at the temperature of the loss."""
+        return f"set cache.codec.temperature to {temperature:g}"
+
+    def record_bytes(self, shape: TeacherShape) -> int:
+        """Some 2 for each entry; 60 with 28 of them out of 49,152 ids."""
+        from kdframe_codecs.drawn_records import Layout
+
+        return Layout(shape.vocab_size, self.entries).record_bytes
+
+    def build(self, shape: TeacherShape, fitted: Mapping[str, Tensor] | None = None) -> Codec:
+        """The codec."""
+        from kdframe_codecs.sampled import SampledCodec
+
+        return SampledCodec(self, shape)
+
+
 @hookimpl
 def kdframe_codecs() -> tuple[type[CodecConfig], ...]:
-    """Dense, truncated, and by hidden states."""
-    return (Dense, TopK, Hidden, Klt, Hybrid)
+    """Dense, truncated, by hidden states, and drawn."""
+    return (Dense, TopK, Hidden, Klt, Hybrid, Sampled)

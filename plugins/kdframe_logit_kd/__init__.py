@@ -13,7 +13,8 @@ class LogitKD(LossConfig):
     """`alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T)`, in nats per counted token.
 
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531),
-    section 2. `alpha` weighs the **hard** loss; other tools mean the opposite.
+    section 2. `alpha` weighs the **hard** loss; other tools mean the opposite. Of drawn targets
+    (codec `sampled`) the soft part is a cross-entropy, which has the same gradient in expectation.
     """
 
     accepts: ClassVar[frozenset[TargetForm]] = frozenset({"truncated", "dense", "weighted"})

@@ -25,7 +25,11 @@ class LogitKDLoss:
         self.temperature = temperature
 
     def __call__(self, logits: Tensor, targets: ChunkTargets, labels: Tensor) -> LossTerms:
-        """Hard and soft loss of `logits [n, V]`; both are in the terms, unweighted but for T^2."""
+        """Hard and soft loss of `logits [n, V]`; both are in the terms, unweighted but for T^2.
+
+        With drawn targets `soft` is a cross-entropy: KL and the teacher's entropy, which draws do
+        not tell. Its expected gradient is KL's.
+        """
         temperature = self.temperature
         log_z = torch.logsumexp(logits, dim=-1)
         soft_log_z = log_z if temperature == 1 else torch.logsumexp(logits / temperature, dim=-1)

@@ -8,7 +8,7 @@ from kdframe import evaluation
 from kdframe.api import TeacherOutputs, TeacherShape
 from kdframe.progress import Quiet
 from kdframe.targets import DenseTargets, resized
-from kdframe_codecs import Dense, TopK
+from kdframe_codecs import Dense, Sampled, TopK
 from kdframe_evaluators import Agreement
 from kdframe_evaluators.agreement import _compare
 from kdframe_logit_kd import LogitKD
@@ -84,6 +84,12 @@ def test_nothing_of_the_teacher_nor_where_it_did_not_read(
     assert figures(student, rows, cache, role="teacher") == {}
     assert figures(student, rows, None) == {}
     assert figures(student, token_rows(3, taught=[True, False, True]), cache) == {}
+
+
+def test_nothing_where_the_cache_holds_draws(tmp_path, student_folder, teacher_folder, rows):
+    """They tell of the mean over many positions, not of the likeliest id nor of an entropy."""
+    cache = filled(tmp_path, load(teacher_folder), [rows], Sampled(entries=8))
+    assert figures(load(student_folder), rows, cache) == {}
 
 
 @pytest.mark.parametrize("role", ["evaluator", "loss"])
