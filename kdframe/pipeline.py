@@ -203,7 +203,7 @@ class Stages:
         self.materials.forget_teacher()
         lesson = loop.Lesson(
             student=student,
-            loss=self.experiment.loss.build(),
+            loss=self.experiment.loss,
             train=self.materials.dataset.train,
             validation=self.materials.dataset.validation,
             cache=self.materials.store,
