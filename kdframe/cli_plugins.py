@@ -110,4 +110,5 @@ def _values(schema: dict[str, Any]) -> str:
     if "exclusiveMaximum" in schema:
         words.append(f"below {schema['exclusiveMaximum']:g}")
     name = schema.get("title") if "$ref" not in schema else schema["$ref"].rpartition("/")[2]
-    return " ".join([str(schema.get("const") or schema.get("type") or name or "any"), *words])
+    kind = name if "properties" in schema else schema.get("type") or name
+    return " ".join([str(schema.get("const") or kind or "any"), *words])

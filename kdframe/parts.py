@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from kdframe.cache_parts import CacheConfig, CodecConfig
 from kdframe.part import Part, TargetForm
+from kdframe.schedules import Schedule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,8 +72,19 @@ class LossConfig(Part):
     """The forms of TeacherTargets that the loss understands."""
 
     def temperatures(self) -> tuple[float, ...]:
-        """Every temperature at which the loss will read the teacher."""
+        """The temperatures at which the loss will read the teacher.
+
+        Of a schedule its two ends: a codec that serves both serves what lies between them.
+        """
         return (1.0,)
+
+    def at(self, progress: float) -> Self:
+        """The settings at a share of the training, 0 to 1: every schedule at its value.
+
+        The engine asks before each optimiser step, and builds the loss anew when they changed.
+        """
+        now = {name: value.at(progress) for name, value in self if isinstance(value, Schedule)}
+        return self.model_copy(update=now) if now else self
 
     def describe(self) -> str:
         """What it minimises, in words, for the header of a run."""
@@ -80,7 +92,7 @@ class LossConfig(Part):
         return ", ".join([self.kind, *(f"{name} {value}" for name, value in settings.items())])
 
     def build(self) -> Loss:
-        """The loss itself."""
+        """The loss itself; the engine calls it on settings without schedules, see `at`."""
         raise NotImplementedError
 
 

@@ -203,7 +203,7 @@ class Stages:
         self.materials.forget_teacher()
         lesson = loop.Lesson(
             student=student,
-            loss=self.experiment.loss.build(),
+            loss=self.experiment.loss,
             train=self.materials.dataset.train,
             validation=self.materials.dataset.validation,
             cache=self.materials.store,
@@ -312,14 +312,14 @@ class Stages:
 
 
 def _facts(experiment: Experiment) -> dict[str, str]:
-    loss, imported = experiment.loss.model_dump(mode="json"), experiment.cache.imported
+    imported = experiment.cache.imported
     return {
         "name": experiment.name,
         "teacher": experiment.teacher.model,
         **({"predictions imported from": imported} if imported else {}),
         "student": experiment.student.model or "cut from the teacher's layers",
         "data": ", ".join(Path(source.path).name for source in experiment.data.train),
-        "loss": ", ".join(f"{key} {value}" for key, value in loss.items()),
+        "loss": experiment.loss.describe(),
         "epochs": str(experiment.training.epochs),
     }
 

@@ -141,7 +141,7 @@ def _train_on(materials: Materials, sample: TokenRows, store: TeacherCache) -> f
     experiment = materials.experiment
     student = materials.new_student()
     halves = Halves(models.causal_lm(student))
-    module = StudentWithLoss(student, halves, experiment.loss.build())
+    module = StudentWithLoss(student, halves, experiment.loss.at(0).build())
 
     def learn(batch: batching.Batch) -> None:
         one = batching.collate(sample, batch, pad_id=materials.pad_id)

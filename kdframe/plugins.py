@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -260,6 +261,10 @@ def _refuse_taken(brought: Sequence[Kind], kinds: Mapping[str, Mapping[str, Kind
             )
 
 
+_AROUND: ContextVar[frozenset[type[Part]]] = ContextVar("_AROUND", default=frozenset())
+"""The parts whose JSON schema is being made: a part may hold others of its own slot."""
+
+
 class Slot:
     """Marks a field of an experiment (or of a part) where a plugin's part stands.
 
@@ -284,6 +289,12 @@ class Slot:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """One alternative for every installed kind."""
-        parts = [kind.part for kind in installed().kinds[self.slot].values()]
-        return {"anyOf": [handler(part.__pydantic_core_schema__) for part in parts]}
+        """One alternative for every installed kind, but those in which this field stands."""
+        around = _AROUND.get()
+        alternatives = []
+        for kind in installed().kinds[self.slot].values():
+            if kind.part not in around:
+                before = _AROUND.set(around | {kind.part})
+                alternatives.append(handler(kind.part.__pydantic_core_schema__))
+                _AROUND.reset(before)
+        return {"anyOf": alternatives}

@@ -30,7 +30,7 @@ from kdframe.losses import LossSums, StudentWithLoss
 from kdframe.models import causal_lm
 from kdframe.output_layer import Halves
 from kdframe.packing import packed_inputs
-from kdframe.parts import Loss
+from kdframe.parts import LossConfig
 from kdframe.progress import Progress
 from kdframe.runtime import Runtime
 from kdframe.targets import ChunkTargets
@@ -46,13 +46,14 @@ class Lesson:
 
     Attributes:
         student: the model to train, on its device.
+        loss: its settings, schedules and all.
         train, validation: rows; `validation` may be empty.
         cache: the teacher's predictions.
         folder: the run's folder, for `metrics.jsonl` and `checkpoints/`.
     """
 
     student: PreTrainedModel
-    loss: Loss
+    loss: LossConfig
     train: TokenRows
     validation: TokenRows
     cache: TeacherCache
@@ -122,7 +123,8 @@ class _Loop:
             lesson.student.enable_input_require_grads()
         self.device = lesson.student.device
         self.halves = Halves(causal_lm(lesson.student))
-        self.module = StudentWithLoss(lesson.student, self.halves, lesson.loss)
+        self.loss = lesson.loss.at(0)
+        self.module = StudentWithLoss(lesson.student, self.halves, self.loss.build())
         self.trained = {n: p for n, p in lesson.student.named_parameters() if p.requires_grad}
         self.optimizer = _optimizer(self.trained, settings)
         self.steps = plan_steps(lesson)
@@ -171,6 +173,7 @@ class _Loop:
     def _one_step(self, micros: Sequence[Batch]) -> dict[str, Any]:
         began = time.monotonic()
         self.lesson.student.train()
+        self._keep_to_schedule()
         collated = [
             batching.collate(self.lesson.train, batch, pad_id=self.lesson.pad_id)
             for batch in micros
@@ -195,6 +198,12 @@ class _Loop:
         }
         self._log(line)
         return line
+
+    def _keep_to_schedule(self) -> None:
+        """Build the loss anew where its settings change with the step."""
+        loss = self.lesson.loss.at(self.step / len(self.steps))
+        if loss != self.loss:
+            self.loss, self.module.loss = loss, loss.build()
 
     def _update(self, loss: float) -> float:
         """Change the weights by the gradients; the gradients' norm.

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
 from kdframe import caching, training
-from kdframe.api import TeacherShape
+from kdframe.api import LossConfig, TeacherShape
 from kdframe.batching import TokenRows
 from kdframe.experiment import Experiment, Training
 from kdframe.output_layer import Halves
@@ -109,11 +110,23 @@ def filled(folder: Path, teacher, sets: list[TokenRows], codec=None) -> TeacherC
     return store
 
 
+class Ready(LossConfig):
+    """The settings of a loss that is there already: a function."""
+
+    kind: str = "ready"
+    made: Any
+
+    def build(self):
+        return self.made
+
+
 def lesson(folder: Path, student, cache: TeacherCache, rows: TokenRows, **settings):
     """A lesson; what `Training` does not know goes to the lesson itself."""
     folder.mkdir(exist_ok=True)
     own = {k: settings.pop(k) for k in ("loss", "validation", "packing") if k in settings}
-    parts = {"loss": LogitKD(alpha=0.4, temperature=2).build(), "validation": rows.select([])}
+    parts = {"loss": LogitKD(alpha=0.4, temperature=2), "validation": rows.select([])}
+    if not isinstance(own.get("loss", LogitKD()), LossConfig):
+        own["loss"] = Ready(made=own["loss"])
     parts |= {"packing": None, "batch_tokens": 64, "pad_id": 0} | own
     return training.Lesson(
         student=student,

@@ -98,7 +98,7 @@ def test_bytes_that_are_no_text_are_not_yaml(file):
         ("data.train.limit=5", "a part of the path is a list; name one of its entries by its n"),
         ("data.train.7.limit=5", "a part of the path is a list"),
         ("cache.codec={kind: topk, k: 0}", "cache.codec.k: Input should be greater than 0"),
-        ("loss.kind=rkd", "no loss of kind 'rkd' is installed (installed: logit_kd"),
+        ("loss.kind=rkd", "no loss of kind 'rkd' is installed (installed: adaptive_kl, "),
         ("loss.temperature=9", "codec 'topk' does not serve temperature 9 of loss 'logit_kd'"),
     ],
 )

@@ -83,7 +83,7 @@ def test_batches_padding_packing_and_order_change_neither_loss_nor_gradient(
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        loss = LogitKD(alpha=alpha, temperature=2).build()
+        loss = LogitKD(alpha=alpha, temperature=2)
         found.append(one_step(tmp_path / str(i), model, precise, rows, loss=loss, **split))
     (line, gradient), *others = found
     assert {"loss", "hard", "soft"} <= line.keys()
@@ -321,6 +321,6 @@ def test_the_codec_of_the_cache_is_met_at_its_own_temperatures(
     tmp_path, student_folder, teacher_folder, rows
 ):
     cache = filled(tmp_path / "c", load(teacher_folder), [rows], TopK(k=8, temperatures=(1.0, 2.0)))
-    loss = LogitKD(temperature=4).build()
+    loss = LogitKD(temperature=4)
     with pytest.raises(InputError, match=r"temperature 4.* lies outside"):
         one_step(tmp_path / "r", load(student_folder), cache, rows, loss=loss)

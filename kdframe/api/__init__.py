@@ -22,6 +22,7 @@ from kdframe.cache_parts import (
     TruncatedCodec,
 )
 from kdframe.errors import DamagedError, InputError, KdframeError, PluginError
+from kdframe.hard_soft import HardSoftLoss
 from kdframe.hooks import CONTRACT, hookimpl
 from kdframe.part import Folder, Part, Place, TargetForm
 from kdframe.parts import (
@@ -42,6 +43,7 @@ from kdframe.parts import (
     Subject,
 )
 from kdframe.plugins import Slot
+from kdframe.schedules import Bounds, Schedule, Scheduled, ends, fixed, in_words
 
 if TYPE_CHECKING:
     from kdframe.heads import OutputHead, TeacherOutputs
@@ -57,6 +59,9 @@ if TYPE_CHECKING:
 CodecSlot = Annotated[CodecConfig, Slot("codec")]
 """The type of a cache backend's field `codec`."""
 
+LossSlot = Annotated[LossConfig, Slot("loss")]
+"""The type of a field in which any loss stands."""
+
 _NEED_TORCH = {
     **dict.fromkeys(("OutputHead", "TeacherOutputs"), "heads"),
     **dict.fromkeys(("ChunkTargets", "DenseTargets", "HiddenTargets", "TeacherTargets"), "targets"),
@@ -66,6 +71,7 @@ _NEED_TORCH = {
 __all__ = [
     "CONTRACT",
     "BadRow",
+    "Bounds",
     "Cache",
     "CacheConfig",
     "CacheSpec",
@@ -84,11 +90,13 @@ __all__ = [
     "ExporterConfig",
     "Figure",
     "Folder",
+    "HardSoftLoss",
     "HiddenTargets",
     "InputError",
     "KdframeError",
     "Loss",
     "LossConfig",
+    "LossSlot",
     "LossTerms",
     "OutputHead",
     "Part",
@@ -98,6 +106,8 @@ __all__ = [
     "ProjectionConfig",
     "Role",
     "RowPositions",
+    "Schedule",
+    "Scheduled",
     "Subject",
     "TargetForm",
     "TeacherOutputs",
@@ -108,7 +118,10 @@ __all__ = [
     "WeightedTargets",
     "cache_tools",
     "durable",
+    "ends",
+    "fixed",
     "hookimpl",
+    "in_words",
 ]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
-
-from kdframe.api import Loss, LossConfig, TargetForm, hookimpl
+from kdframe.api import HardSoftLoss, Loss, LossConfig, TargetForm, fixed, hookimpl
 
 
-class LogitKD(LossConfig):
+class LogitKD(HardSoftLoss):
     """`alpha * CE + (1 - alpha) * T^2 * KL(teacher_T || student_T)`, in nats per counted token.
 
     Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531),
@@ -20,28 +18,12 @@ class LogitKD(LossConfig):
     accepts: ClassVar[frozenset[TargetForm]] = frozenset({"truncated", "dense", "weighted"})
 
     kind: Literal["logit_kd"] = "logit_kd"
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Weight of the hard-label loss; the teacher's weighs 1 - alpha."""
-    temperature: PositiveFloat = 1.0
-    """Softens teacher and student alike."""
-
-    def temperatures(self) -> tuple[float, ...]:
-        """The one temperature."""
-        return (self.temperature,)
-
-    def describe(self) -> str:
-        """What alpha weighs, in words: other tools mean the opposite."""
-        return (
-            f"{self.kind}, alpha {self.alpha:g}: {100 * self.alpha:.4g} % hard labels, "
-            f"{100 * (1 - self.alpha):.4g} % the teacher's predictions at temperature "
-            f"{self.temperature:g} (some tools weigh the other way round)"
-        )
 
     def build(self) -> Loss:
         """The loss function."""
         from kdframe_logit_kd.loss import LogitKDLoss
 
-        return LogitKDLoss(self.alpha, self.temperature)
+        return LogitKDLoss(fixed(self.alpha), fixed(self.temperature))
 
 
 @hookimpl
