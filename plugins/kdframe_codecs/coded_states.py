@@ -19,7 +19,7 @@ from kdframe_codecs.heads import plain_head
 from kdframe_codecs.output_fisher import fisher
 
 _METRIC_POSITIONS = 1024
-_BLOCK = 512  # positions whose numbers stay in the processor's cache
+_BLOCK = 128  # positions whose numbers stay in the processor's cache
 
 
 def fit_states(sample: TeacherOutputs, bits: int, known: int = 0) -> dict[str, Tensor]:
