@@ -233,7 +233,9 @@ def _parted(given: Sequence[str], what: str) -> tuple[list[Path], list[str]]:
 
 def _show_info(info: dict[str, Any]) -> None:
     codec = info.pop("codec")
-    settings = ", ".join(f"{name} {x}" for name, x in codec.items() if name != "kind")
+    settings = ", ".join(
+        f"{name} {x}" for name, x in codec.items() if name != "kind" and x is not None
+    )
     out(f"codec: {codec['kind']}" + f" ({settings})" * bool(settings))
     for name, value in info.pop("identity").items():
         if name != "codec":

@@ -60,7 +60,7 @@ class TopK(CodecConfig):
     """
 
     kind: Literal["topk"] = "topk"
-    k: Annotated[int, Field(ge=1, le=65_535)] | None = 64
+    k: Annotated[int, Field(gt=0, le=65_535)] | None = 64
     """How many ids are kept (the codec `dense` keeps every one)."""
     for_bytes: PositiveInt | None = None
     """Instead of `k`: as many ids as a record of so many bytes can hold."""
