@@ -167,7 +167,7 @@ def fill(materials: Materials, where: Where) -> dict[str, float]:
 def info(materials: Materials) -> dict[str, Any]:
     """What a cache holds, and where."""
     cache = materials.store.cache
-    return {"folder": str(cache.folder), **cache.info()}
+    return {"folder": cache.place, **cache.info()}
 
 
 def _refuse_missing(materials: Materials) -> None:

@@ -55,6 +55,7 @@ def fill(
 
     Raises:
         InputError: the disk is too small, or a logit is not a number (the row is named).
+        DamagedError: there are rows, but what their codec was fitted to is gone.
     """
     missing = {request.key: request for request in store.missing(sets)}
     done = {"rows": 0.0, "tokens": 0.0, "seconds": 0.0}
@@ -99,6 +100,7 @@ class Refusals:
 
     def __init__(self, store: TeacherCache) -> None:
         self._store = store
+        self._left_out = LeftOut(store.cache)
         self.found: dict[bytes, list[int]] = {}
 
     @property
@@ -133,7 +135,7 @@ class Refusals:
             self.found[key] = positions[which].tolist()
             whole = self._store.not_numbers == "drop_row"
             rest = positions[:0] if whole else np.delete(positions, which)
-            LeftOut(self._store.cache).add(key, None if whole else self.found[key])
+            self._left_out.add(key, None if whole else self.found[key])
             settled[i] = RowPositions(key, rest)
         return settled
 
@@ -220,8 +222,13 @@ def _fit(
             "so its hidden states cannot stand for them; use the codec 'topk'"
         )
     codec = store.codec
-    if not isinstance(codec, FittedCodec) or codec.ready:
+    if not isinstance(codec, FittedCodec):
         return
+    rows = store.cache.info()["rows"]  # first: whoever wrote one has kept the fit before
+    if codec.ready:
+        return
+    if rows:
+        raise codec.lost()
     states: list[torch.Tensor] = []
     for key in sorted(missing):  # a hash: any order of the data draws the same rows
         if sum(map(len, states)) >= FIT_POSITIONS:

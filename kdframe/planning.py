@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from kdframe import batching, caching, durable, models, sampling
 from kdframe.batching import TokenRows
@@ -206,10 +208,12 @@ def _sizes(materials: Materials, pace: Pace, positions: int) -> dict[str, int]:
     own, shape = materials.experiment.cache.codec, materials.teacher_shape
     record = own.record_bytes(shape)
     beside = max(0.0, pace.position_bytes - record)  # index and checksums
-    codecs = {kind: found.part() for kind, found in installed().kinds["codec"].items()}  # type: ignore[call-arg]
-    codecs[own.kind] = own
+    codecs: dict[str, Any] = {own.kind: own}
+    for kind, found in installed().kinds["codec"].items():
+        with contextlib.suppress(ValidationError):  # nobody but the user knows its settings
+            codecs.setdefault(kind, found.part())  # type: ignore[call-arg]
     return {
-        kind: round(pace.empty_bytes + positions * (codec.record_bytes(shape) + beside))  # type: ignore[attr-defined]
+        kind: round(pace.empty_bytes + positions * (codec.record_bytes(shape) + beside))
         for kind, codec in codecs.items()
     }
 

@@ -112,16 +112,20 @@ class FittedCodec:
         """Records `[n, B]` to targets."""
         return self._codec().decode(records)
 
+    def lost(self) -> DamagedError:
+        """What it was fitted to is gone: with another fit old records would be read wrongly."""
+        return DamagedError(
+            f"{self._cache.place}: what codec {self._config.kind!r} was fitted to is missing; "
+            "restore it from a copy, or remove the cache to compute it again"
+        )
+
     def _codec(self) -> Codec:
         if self._built is None:
             from safetensors.torch import load
 
             data = self._cache.kept(FITTED)
             if data is None:
-                raise DamagedError(
-                    f"{self._cache.place}: what codec {self._config.kind!r} was fitted to is "
-                    "missing; restore it from a copy, or remove the cache to compute it again"
-                )
+                raise self.lost()
             self._built = self._config.build(self._shape, load(data))
         return self._built
 

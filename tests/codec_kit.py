@@ -9,10 +9,11 @@ import torch
 from kdframe.api import CodecConfig, HiddenTargets, OutputHead, TargetForm, WeightedTargets
 
 
-class HalfHidden(CodecConfig):
-    """The final hidden states in half precision; the output layer stands beside the records."""
+class States(CodecConfig):
+    """The final hidden states; the output layer stands beside the records."""
 
-    kind: Literal["half_hidden"] = "half_hidden"
+    kind: Literal["states"] = "states"
+    precision: Literal["float16", "float32"] = "float16"
     form: ClassVar[TargetForm] = "hidden"
     reads_hidden: ClassVar[bool] = True
     fits: ClassVar[bool] = True
@@ -21,24 +22,25 @@ class HalfHidden(CodecConfig):
         return True
 
     def record_bytes(self, shape):
-        return 2 * shape.hidden_size
+        return (2 if self.precision == "float16" else 4) * shape.hidden_size
 
     def fit(self, sample):
         return sample.head.tensors()
 
     def build(self, shape, fitted: Mapping | None = None):
-        return _HalfHidden(self.record_bytes(shape), OutputHead.from_tensors(fitted))
+        return _States(self, shape, OutputHead.from_tensors(fitted))
 
 
-class _HalfHidden:
-    def __init__(self, record_bytes, head):
-        self.record_bytes, self.head = record_bytes, head
+class _States:
+    def __init__(self, config, shape, head):
+        self.record_bytes, self.head = config.record_bytes(shape), head
+        self.dtype = getattr(torch, config.precision)
 
     def encode(self, outputs):
-        return outputs.hidden.half().contiguous().view(torch.uint8).numpy()
+        return outputs.hidden.to(self.dtype).contiguous().view(torch.uint8).numpy()
 
     def decode(self, records):
-        states = torch.from_numpy(np.array(records)).view(torch.float16)
+        states = torch.from_numpy(np.array(records)).view(self.dtype)
         return HiddenTargets(states.float(), self.head)
 
 
@@ -78,73 +80,6 @@ class _Comb:
         summed = torch.zeros_like(weights).scatter_add(-1, group, weights)
         kept = torch.zeros_like(ids).scatter(-1, group, ids)
         return WeightedTargets(kept, summed, 1.0)
-
-
-class States(CodecConfig):
-    """The teacher's hidden states, and its output layer beside them."""
-
-    kind: Literal["states"] = "states"
-    form: ClassVar = "hidden"
-    reads_hidden: ClassVar = True
-    fits: ClassVar = True
-
-    def serves(self, temperature):
-        return True
-
-    def record_bytes(self, shape):
-        return 4 * shape.hidden_size
-
-    def fit(self, sample):
-        return sample.head.tensors()
-
-    def build(self, shape, fitted=None):
-        return _States(self.record_bytes(shape), OutputHead.from_tensors(fitted))
-
-
-class _States:
-    def __init__(self, record_bytes, head):
-        self.record_bytes, self.head = record_bytes, head
-
-    def encode(self, outputs):
-        return outputs.hidden.float().contiguous().view(torch.uint8).numpy()
-
-    def decode(self, records):
-        hidden = torch.from_numpy(np.array(records)).view(torch.float32)
-        return HiddenTargets(hidden, self.head)
-
-
-class Draws(CodecConfig):
-    """Ids drawn with the teacher's own chances."""
-
-    kind: Literal["draws"] = "draws"
-    temperature: float = 1.0
-    form: ClassVar = "weighted"
-
-    def serves(self, temperature):
-        return temperature == self.temperature
-
-    def record_bytes(self, shape):
-        return 8 * 4
-
-    def build(self, shape, fitted=None):
-        return _Draws(self.temperature)
-
-
-class _Draws:
-    record_bytes = 8 * 4
-
-    def __init__(self, temperature):
-        self.temperature = temperature
-        self.chance = torch.Generator().manual_seed(0)
-
-    def encode(self, outputs):
-        p = torch.softmax(outputs.logits / self.temperature, dim=-1)
-        ids = torch.multinomial(p, 8, replacement=True, generator=self.chance)
-        return ids.to(torch.int32).contiguous().view(torch.uint8).numpy()
-
-    def decode(self, records):
-        ids = torch.from_numpy(np.array(records)).view(torch.int32).long()
-        return WeightedTargets(ids, torch.full(ids.shape, 1 / 8), self.temperature)
 
 
 class Broken(CodecConfig):

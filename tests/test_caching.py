@@ -11,14 +11,14 @@ from transformers import LlamaConfig
 
 from kdframe import caching
 from kdframe.api import TeacherShape
-from kdframe.errors import InputError, Interrupted
+from kdframe.errors import DamagedError, InputError, Interrupted
 from kdframe.output_layer import Halves
 from kdframe.progress import Quiet
 from kdframe.teacher_cache import open_cache
 from kdframe_arrow_cache import ArrowCache
 from kdframe_codecs import Dense, TopK
 from kdframe_mmap_cache import MmapCache
-from tests.codec_kit import HalfHidden
+from tests.codec_kit import States
 from tests.run_kit import filled, learn, lesson, lines, load, token_rows
 from tests.test_output_layer import Bent, build
 
@@ -340,7 +340,7 @@ def test_a_codec_is_fitted_on_positions_of_many_rows(tmp_path, teacher, monkeypa
     monkeypatch.setattr(caching, "FIT_OF_ROW", 4)
     samples = []
 
-    class Watching(HalfHidden):
+    class Watching(States):
         kind: Literal["watching"] = "watching"
 
         def fit(self, sample):
@@ -361,3 +361,12 @@ def test_a_codec_is_fitted_on_positions_of_many_rows(tmp_path, teacher, monkeypa
         row_of.append(int((apart.amin(-1) < 1e-3).sum()))
     assert max(row_of) <= 4
     assert sum(row_of) == 30
+
+
+def test_rows_whose_codec_has_lost_its_fit_are_not_given_another(tmp_path, teacher, rows):
+    """With another fit the old records would be read as something else."""
+    store = filled(tmp_path, teacher, [rows.select(range(6))], States())
+    (store.cache.folder / "kept-codec.bin").unlink()
+    with pytest.raises(DamagedError, match="what codec 'states' was fitted to is missing"):
+        filled(tmp_path, teacher, [rows], States())
+    assert store.cache.kept_names() == []

@@ -8,7 +8,8 @@ import pytest
 import kdframe
 from cli_kit import call, project, spawn
 from kdframe import cli_plan
-from tests.codec_kit import Draws, States
+from kdframe_codecs import Sampled
+from tests.codec_kit import States
 
 STRANGER = """\
 from typing import Literal
@@ -116,7 +117,7 @@ def test_codecs_that_cannot_be_tried_without_more_words_are_left_out(file, tmp_p
 
 
 def test_what_noise_and_fitting_mean_is_told_where_there_are_such_codecs(file, capsys):
-    cli_plan.show(kdframe.load(file).plan(tokens=32, codecs=[Draws(temperature=2.0), States()]))
+    cli_plan.show(kdframe.load(file).plan(tokens=32, codecs=[Sampled(temperature=2.0), States()]))
     text = " ".join(capsys.readouterr().out.split())
     assert "~ draws: their error is noise" in text
     assert "others fitted on" in text

@@ -15,9 +15,9 @@ from kdframe.errors import InputError
 from kdframe.fidelity import compare
 from kdframe.materials import Materials
 from kdframe.progress import Quiet
-from kdframe_codecs import Dense, TopK
+from kdframe_codecs import Dense, Sampled, TopK
 from kdframe_logit_kd import LogitKD
-from tests.codec_kit import Broken, Draws, States
+from tests.codec_kit import Broken, States
 from tests.conftest import make_llama
 from tests.model_helpers import logits
 from tests.run_kit import experiment, load, texts, where, write_rows
@@ -208,8 +208,8 @@ def test_the_ladder_of_topk_covers_the_losss_temperature(tiny):
 
 
 def test_the_error_of_draws_is_noise_and_not_held_against_the_tolerance(tiny):
-    found = tiny().plan(codecs=[Draws()], tolerance=100, tokens=64)
-    (row,) = rows_of(found, "draws")
+    found = tiny().plan(codecs=[Sampled()], tolerance=100, tokens=64)
+    (row,) = rows_of(found, "sampled")
     assert row.usable
     assert row.drawn
     assert row.kl is None  # none is defined
@@ -226,8 +226,8 @@ class Picky(LogitKD):
 
 def test_a_form_that_the_loss_does_not_accept_is_measured_and_told(tiny):
     made = tiny().model_copy(update={"loss": Picky()})
-    found = made.plan(codecs=[Dense(), States(), Draws()], tolerance=1e-9)
-    for kind, form in (("dense", "dense"), ("states", "hidden"), ("draws", "weighted")):
+    found = made.plan(codecs=[Dense(), States(), Sampled()], tolerance=1e-9)
+    for kind, form in (("dense", "dense"), ("states", "hidden"), ("sampled", "weighted")):
         (row,) = rows_of(found, kind)
         assert not row.usable
         assert f"does not accept {form} targets" in row.reason
@@ -352,7 +352,7 @@ def test_nothing_is_left_behind(tiny, tmp_path, monkeypatch):
 
 
 def test_as_json(tiny):
-    plain = json.loads(json.dumps(tiny().plan(codecs=[Draws()]).plain(), allow_nan=False))
+    plain = json.loads(json.dumps(tiny().plan(codecs=[Sampled()]).plain(), allow_nan=False))
     assert plain.keys() >= {"rows", "recommended", "tolerance", "tokens"}
     assert plain["rows"][0].keys() >= {
         *("codec", "settings", "bytes_per_token", "temperature", "kl", "gradient_error"),

@@ -11,7 +11,7 @@ from kdframe.teacher_cache import cache_spec, open_cache
 from kdframe_arrow_cache import ArrowCache
 from kdframe_codecs import TopK
 from kdframe_mmap_cache import MmapCache
-from tests.codec_kit import HalfHidden
+from tests.codec_kit import States
 from tests.run_kit import filled, load, token_rows
 
 V, H = 400, 32
@@ -154,7 +154,7 @@ def test_another_identity_is_refused_by_name_before_anything_is_copied(tmp_path,
 
 
 def test_what_a_codec_was_fitted_to_must_be_the_same(tmp_path, teacher, rows):
-    codec = HalfHidden()
+    codec = States()
     one = part(tmp_path / "a", teacher, rows, range(5), codec)
     other = part(tmp_path / "b", teacher, rows, range(5, 12), codec)
     store = target_at(tmp_path / "target", codec)

@@ -11,13 +11,13 @@ from kdframe.progress import Quiet
 from kdframe.teacher_cache import open_cache
 from kdframe_codecs import Dense, Sampled, TopK
 from kdframe_mmap_cache import MmapCache
-from tests.codec_kit import Comb, HalfHidden
+from tests.codec_kit import Comb, States
 from tests.run_kit import filled, load, token_rows
 
 V = 400
 
 
-CODECS = [TopK(k=16), TopK(k=400), Dense(), Dense(precision="float32"), HalfHidden(), Comb()]
+CODECS = [TopK(k=16), TopK(k=400), Dense(), Dense(precision="float32"), States(), Comb()]
 CODECS += [Sampled(), Sampled(entries=24, temperature=2)]
 
 
@@ -87,7 +87,7 @@ def test_two_rows_with_each_others_records_are_found(tmp_path, teacher, codec):
         assert "the teacher says something else" in bad.reason
 
 
-@pytest.mark.parametrize("codec", [TopK(k=16), Dense(), HalfHidden()], ids=lambda c: c.kind)
+@pytest.mark.parametrize("codec", [TopK(k=16), Dense(), States()], ids=lambda c: c.kind)
 def test_one_position_that_is_shifted_by_one_is_found(tmp_path, teacher, codec):
     rows = token_rows(5)
     victim = rows.request(3)

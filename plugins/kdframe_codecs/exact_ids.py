@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdframe_codecs import topk_ids
+from kdframe_codecs.topk_layout import LOW_BITS
+
 _ROOT = 4
 _LOG_SHARES = torch.arange(256).div(255).log().mul(_ROOT)
-_LOW_BITS = 16
 _SMALLEST = 2.0**-126  # float32's smallest with all its digits
 _BLOCK = 1 << 18  # logits worked on at once: a few buffers of them fit the processor's cache
 
@@ -37,8 +39,10 @@ def encode(logits: Tensor, k: int) -> NDArray[np.uint8]:
         rest = powers.scatter_(-1, ids[part], powers.gather(-1, ids[part]) - kept).sum(-1)
         rest = rest.clamp(min=_SMALLEST)  # an id that is possible stays so
         log_rest[part] = torch.log(rest) - torch.log(rest + kept.sum(-1))
+    found, high_bits = ids.cpu().numpy(), _high_bits(vocab_size)
     parts = [
-        *_id_bytes(ids.cpu().numpy(), _high_bits(vocab_size)),
+        topk_ids.low_bytes(found),
+        *([topk_ids.high_bytes(found, high_bits)] if high_bits else []),
         log_rest.clamp(max=0).cpu().numpy().astype("<f2")[:, None].view(np.uint8),
         steps[:, 1:].to(torch.uint8).cpu().numpy(),
     ]
@@ -60,24 +64,8 @@ def decode(records: NDArray[np.uint8], k: int, vocab_size: int) -> tuple[Tensor,
     log_shares[:, 1:] = _LOG_SHARES[torch.from_numpy(steps.astype(np.int64))]
     log_kept = torch.log(-torch.expm1(log_rest))
     log_probs = log_shares.log_softmax(-1) + log_kept.unsqueeze(-1)
-    return torch.from_numpy(_ids(low, high, high_bits)), log_probs, log_rest
-
-
-def _id_bytes(ids: NDArray[np.int64], high_bits: int) -> list[NDArray[np.uint8]]:
-    planes = [(ids >> (_LOW_BITS + bit) & 1).astype(np.uint8) for bit in range(high_bits)]
-    high = [np.packbits(np.concatenate(planes, axis=1), axis=1)] if planes else []
-    return [ids.astype("<u2").view(np.uint8), *high]
-
-
-def _ids(low: NDArray[np.uint8], high: NDArray[np.uint8], high_bits: int) -> NDArray[np.int64]:
-    ids = np.ascontiguousarray(low).view("<u2").astype(np.int64)
-    if high_bits:
-        k = ids.shape[1]
-        planes = np.unpackbits(high, axis=1, count=high_bits * k).reshape(-1, high_bits, k)
-        for bit in range(high_bits):
-            ids |= planes[:, bit].astype(np.int64) << (_LOW_BITS + bit)
-    return ids
+    return torch.from_numpy(topk_ids.unpacked(low, high, high_bits)), log_probs, log_rest
 
 
 def _high_bits(vocab_size: int) -> int:
-    return max(0, (vocab_size - 1).bit_length() - _LOW_BITS)
+    return max(0, (vocab_size - 1).bit_length() - LOW_BITS)

@@ -20,7 +20,7 @@ from kdframe.api import HiddenTargets, TeacherOutputs, TeacherShape
 from kdframe_codecs.heads import kept_head, plain_head
 
 if TYPE_CHECKING:
-    from kdframe_codecs import Hidden
+    from kdframe_codecs.hidden_settings import Hidden
 
 _LARGEST = {"float16": 2.0**15, "int8": 127.0}
 _NARROWEST = 1e-3  # of the widest spread: a sample may hold hardly any of a number

@@ -18,7 +18,7 @@ from kdframe_codecs.coded_states import CodedStates
 from kdframe_codecs.heads import kept_head
 
 if TYPE_CHECKING:
-    from kdframe_codecs import Hybrid
+    from kdframe_codecs.hidden_settings import Hybrid
 
 
 class HybridCodec:

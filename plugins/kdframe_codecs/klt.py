@@ -14,7 +14,7 @@ from kdframe_codecs.coded_states import CodedStates
 from kdframe_codecs.heads import kept_head
 
 if TYPE_CHECKING:
-    from kdframe_codecs import Klt
+    from kdframe_codecs.hidden_settings import Klt
 
 
 class KltCodec:

@@ -123,9 +123,11 @@ def _in_threads(n: int, work: Callable[[range], None]) -> None:
 
     shares = [range(n * i // threads, n * (i + 1) // threads) for i in range(threads)]
     whole = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(alone, shares))
-    torch.set_num_threads(whole)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(alone, shares))
+    finally:
+        torch.set_num_threads(whole)
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
