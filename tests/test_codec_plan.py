@@ -237,7 +237,7 @@ def test_a_form_that_the_loss_does_not_accept_is_measured_and_told(tiny):
 
 
 def test_hidden_states_count_as_the_distribution_that_they_make(tiny):
-    (row,) = rows_of(tiny().plan(codecs=[States()]), "states")
+    (row,) = rows_of(tiny().plan(codecs=[States(precision="float32")]), "states")
     assert row.usable
     assert row.gradient_error == pytest.approx(0, abs=1e-4)
     assert row.support == 1
