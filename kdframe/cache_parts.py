@@ -86,6 +86,11 @@ class CodecConfig(Part):
     fits: ClassVar[bool] = False
     """Whether it is fitted to the teacher before the first record: see `fit`."""
 
+    @property
+    def reads_sample(self) -> bool:
+        """Whether `fit` looks at the sample's positions, and not at its output layer alone."""
+        return True
+
     @classmethod
     def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
         """Settings that `kdframe plan` compares, for a loss that reads `temperatures`.
@@ -115,7 +120,8 @@ class CodecConfig(Part):
         Called once for a cache, if `fits` is set, before anything is encoded.
 
         Args:
-            sample: a few thousand positions drawn from all the data, `sample.head` with them.
+            sample: a few thousand positions drawn from all the data (none, unless
+                `reads_sample`), `sample.head` with them.
         """
         return {}
 

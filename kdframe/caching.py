@@ -229,16 +229,17 @@ def _fit(
         return
     if rows:
         raise codec.lost()
+    enough = FIT_POSITIONS if codec.reads_sample else 1
     states: list[torch.Tensor] = []
     for key in sorted(missing):  # a hash: any order of the data draws the same rows
-        if sum(map(len, states)) >= FIT_POSITIONS:
+        if sum(map(len, states)) >= enough:
             break
         positions = missing[key].positions
         few = positions[:: max(1, -(-len(positions) // FIT_OF_ROW))]
         some = live_teacher.states(halves, [ids[key]], [RowPositions(key, few)])
         states.append(some[torch.isfinite(some).all(-1)])
     head = halves.head if halves.whole else OutputLayer(halves.model).plain()
-    codec.fit(TeacherOutputs(torch.cat(states)[:FIT_POSITIONS], head))
+    codec.fit(TeacherOutputs(torch.cat(states)[:enough], head))
 
 
 def token_ids(

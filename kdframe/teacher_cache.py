@@ -85,10 +85,12 @@ class FittedCodec:
 
     Attributes:
         record_bytes: size of one record.
+        reads_sample: whether `fit` looks at positions.
     """
 
     def __init__(self, config: CodecConfig, shape: TeacherShape, cache: Cache) -> None:
         self.record_bytes = config.record_bytes(shape)
+        self.reads_sample = config.reads_sample
         self._config, self._shape, self._cache = config, shape, cache
         self._built: Codec | None = None
 

@@ -16,7 +16,7 @@ from kdframe.output_layer import Halves
 from kdframe.progress import Quiet
 from kdframe.teacher_cache import open_cache
 from kdframe_arrow_cache import ArrowCache
-from kdframe_codecs import Dense, TopK
+from kdframe_codecs import Dense, Hidden, TopK
 from kdframe_mmap_cache import MmapCache
 from tests.codec_kit import States
 from tests.run_kit import filled, learn, lesson, lines, load, token_rows
@@ -361,6 +361,20 @@ def test_a_codec_is_fitted_on_positions_of_many_rows(tmp_path, teacher, monkeypa
         row_of.append(int((apart.amin(-1) < 1e-3).sum()))
     assert max(row_of) <= 4
     assert sum(row_of) == 30
+
+
+def test_a_codec_that_keeps_the_output_layer_alone_is_shown_no_sample(tmp_path, teacher):
+    rows = token_rows(30)
+    passes = []
+    for codec in (Hidden(), Hidden(precision="int8")):
+        hook = teacher.model.register_forward_pre_hook(lambda *_: passes.append(1))
+        passes.clear()
+        store = filled(tmp_path / codec.precision, teacher, [rows], codec)
+        hook.remove()
+        assert store.missing([rows]) == []
+        if codec.precision == "float16":
+            fewest = len(passes)
+    assert len(passes) > fewest + 20  # int8 has read the rows once more, each alone
 
 
 def test_rows_whose_codec_has_lost_its_fit_are_not_given_another(tmp_path, teacher, rows):

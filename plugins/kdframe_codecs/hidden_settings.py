@@ -31,6 +31,11 @@ class Hidden(CodecConfig):
     reads_hidden: ClassVar[bool] = True
     fits: ClassVar[bool] = True
 
+    @property
+    def reads_sample(self) -> bool:
+        """For int8: how far each number spreads."""
+        return self.precision == "int8"
+
     @classmethod
     def ladder(cls, temperatures: Sequence[float] = ()) -> Sequence[Self]:
         """Both precisions."""
